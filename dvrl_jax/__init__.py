@@ -1,0 +1,1 @@
+"""Deep Variational Reinforcement Learning in JAX."""

@@ -1,0 +1,389 @@
+"""Advantage actor-critic with truncated backpropagation through time: the whole hot loop.
+
+A *segment* is `num_steps` environment steps followed by one update of the weights. A *window* is `bptt_segments`
+segments. The i-th update of a window sends its gradient back through its own segment and then through the i earlier
+segments of the window, under the current weights. The recurrent state is detached where a window starts.
+
+`make_learner` returns the two pure functions that training consists of. Everything between two log lines, the
+environments included, is one call of `Learner.run`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dvrl_jax.agents import AGENTS, Agent
+from dvrl_jax.envs.base import Environment, EnvState
+from dvrl_jax.statistics import EpisodeStatistics, Metrics
+
+Array = jax.Array
+
+
+# --- Returns, losses, optimiser: the mathematics ---------------------------------------------------------------------
+
+
+def n_step_returns(rewards: Array, dones: Array, bootstrap: Array, gamma: float) -> Array:
+    """R_t = r_t + gamma * (1 - done_t) * R_{t+1}, with R_T the bootstrap value (Mnih et al., 2016).
+
+    Args:
+        rewards: [T, B]. dones: [T, B] bool. bootstrap: [B], value of the observation after the last step.
+    Returns:
+        returns [T, B]; no gradient passes.
+    """
+    chex.assert_equal_shape([rewards, dones])
+
+    def step(following, inputs):
+        reward, done = inputs
+        following = reward + gamma * jnp.where(done, 0.0, following)
+        return following, following
+
+    _, returns = jax.lax.scan(step, bootstrap, (rewards, dones), reverse=True)
+    return jax.lax.stop_gradient(returns)
+
+
+class Losses(NamedTuple):
+    """Scalar losses; `total` is the weighted sum that is minimised."""
+
+    total: Array
+    value: Array
+    action: Array
+    entropy: Array
+    encoding: Array
+
+
+def masked_mean(x: Array, mask: Array) -> Array:
+    """Mean of x over the entries where mask (same shape) is True; 0 if there are none."""
+    chex.assert_equal_shape([x, mask])
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def a2c_losses(
+    value: Array, log_prob: Array, entropy: Array, encoding_loss: Array, returns: Array, mask: Array, coefs
+) -> Losses:
+    """L = c_v mean (R-V)^2 - c_a mean stopgrad(R-V) log pi(a) - c_h mean H + c_enc mean(-ELBO).
+
+    Args:
+        value, log_prob, entropy, encoding_loss, returns: [T, B].
+        mask: [T, B], which steps were transitions; the means are over those.
+        coefs: has `value_coef`, `action_coef`, `entropy_coef`, `encoding_coef`.
+    """
+    chex.assert_equal_shape([value, log_prob, entropy, encoding_loss, returns, mask])
+    advantage = returns - value
+    value_loss = masked_mean(jnp.square(advantage), mask)
+    action_loss = -masked_mean(jax.lax.stop_gradient(advantage) * log_prob, mask)
+    entropy_mean = masked_mean(entropy, mask)
+    encoding = masked_mean(encoding_loss, mask)
+    total = coefs.value_coef * value_loss + coefs.action_coef * action_loss
+    total += coefs.encoding_coef * encoding - coefs.entropy_coef * entropy_mean
+    return Losses(total, value_loss, action_loss, entropy_mean, encoding)
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Clips the global gradient norm, then RMSProp (eps outside the square root, as in PyTorch) or Adam."""
+    if config.name == "rmsprop":
+        rule = optax.rmsprop(config.learning_rate, decay=config.alpha, eps=config.eps, eps_in_sqrt=False)
+    else:
+        rule = optax.adam(config.learning_rate, *config.betas, eps=config.eps)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+
+
+# --- State -----------------------------------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """What replaying a segment's recurrent state takes.
+
+    Attributes:
+        h: [B, ...] recurrent state before the first step.
+        obs: [T, B, ...]. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of [T, B, ...].
+    """
+
+    h: Array
+    obs: Array
+    prev_action: Array
+    fresh: Array
+    trace: Any
+
+
+class Window(NamedTuple):
+    """The earlier segments of the window, on a leading axis of `bptt_segments` - 1; the first `length` are filled."""
+
+    segments: Segment
+    length: Array
+
+
+class Actor(NamedTuple):
+    """What acting carries from step to step.
+
+    Attributes:
+        env: with the observation to act on next. belief: before that observation. prev_action: [B, A].
+        fresh: [B], the next observation is the first of an episode: belief and previous action start anew.
+    """
+
+    env: EnvState
+    belief: Any
+    prev_action: Array
+    fresh: Array
+
+
+class TrainState(NamedTuple):
+    """Everything training carries. `update` counts updates; `env_steps` counts transitions (uint32).
+
+    The randomness of update i comes from `key` and i alone.
+    """
+
+    params: nnx.State
+    batch_stats: nnx.State
+    opt_state: optax.OptState
+    actor: Actor
+    window: Window
+    episodes: EpisodeStatistics
+    metrics: Metrics
+    key: Array
+    update: Array
+    env_steps: Array
+
+
+class Draws(NamedTuple):
+    """Randomness of one segment: the belief's, for T + 1 updates, and a key per step to sample actions with.
+
+    `action` [T, B, ...], if not None, are the actions to take instead of sampling.
+    """
+
+    belief: Any
+    action_keys: Array
+    action: Array | None = None
+
+
+class Steps(NamedTuple):
+    """Per-step outputs of a rollout, each [T, B]; `metrics` maps names to [T, B]."""
+
+    value: Array
+    log_prob: Array
+    entropy: Array
+    encoding_loss: Array
+    env: EnvState  # obs and inner left out
+    metrics: dict[str, Array]
+
+
+class Outcome(NamedTuple):
+    """All that happened in one segment.
+
+    Attributes:
+        actor, batch_stats: after the segment. steps: what it did. losses: of it. segment: what replaying it takes.
+        returns: [T, B]. bootstrap: [B], the value of the last observation.
+    """
+
+    actor: Actor
+    batch_stats: nnx.State
+    steps: Steps
+    losses: Losses
+    segment: Segment
+    returns: Array
+    bootstrap: Array
+
+
+class Learner(NamedTuple):
+    """The pure functions of training for one configuration; see `make_learner`."""
+
+    init: Callable[[Array], TrainState]
+    restart: Callable[[TrainState, EnvState], TrainState]
+    run: Callable[[TrainState, Array], TrainState]
+    gradient: Callable[..., tuple[nnx.State, Outcome]]
+    push: Callable[[Window, Segment], Window]
+    draw: Callable[[Array], Draws]
+    graphdef: nnx.GraphDef
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config, env: Environment, key: Array) -> Agent:
+    """Makes the agent that `config.algorithm` names, with fresh weights."""
+    return AGENTS[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
+
+
+def make_learner(config, env: Environment) -> Learner:
+    """Builds training for a configuration and an environment.
+
+    Returns a `Learner` of functions: `init(key)` makes the state, `restart` gives it new episodes, `run(state, n)` does
+    n updates (n is data: one compiled program serves all), `gradient` is the gradient across the window, and `draw`
+    makes a segment's randomness.
+    """
+    num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
+    capacity = config.bptt_segments - 1
+    optimizer = make_optimizer(config.optimizer)
+    abstract_agent = nnx.eval_shape(lambda: make_agent(config, env, jax.random.key(0)))
+    graphdef, _, _ = nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)
+
+    def agent_of(params, batch_stats) -> Agent:
+        # The copy belongs to the innermost transformation, so that batch norm may update its averages there.
+        return nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, batch_stats)))
+
+    agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
+
+    def draw(key: Array) -> Draws:
+        belief_key, action_key = jax.random.split(key)
+        belief = agent_verbs.draw(belief_key, num_steps + 1, num_envs)
+        return Draws(belief, jax.random.split(action_key, num_steps))
+
+    def observe(agent: Agent, actor: Actor, draws: Any):
+        """Updates the belief with the observation at hand, afresh where an episode starts."""
+        belief = agent.restart(actor.belief, actor.fresh)
+        first = agent.initial_action(num_envs)
+        prev_action = jnp.where(actor.fresh[:, None], first, actor.prev_action)
+        inputs = agent.encode(actor.env.obs, prev_action)
+        belief, info = agent.update(belief, inputs, actor.env.obs, draws)
+        return belief, info, prev_action
+
+    def act(params: nnx.State, carry: tuple[Actor, nnx.State], draws: Draws):
+        """One step: update the belief, choose an action, step the environment."""
+        actor, batch_stats = carry
+        agent = agent_of(params, batch_stats)
+        belief, info, prev_action = observe(agent, actor, draws.belief)
+        policy, value = agent.heads(belief)
+        action = policy.sample(seed=draws.action_keys) if draws.action is None else draws.action
+        action = jax.lax.stop_gradient(action)
+        env = env_step(actor.env, action)
+        # A transition that ends an episode, or a call that delivered a new episode's first frame.
+        fresh = env.done | ~env.transition
+        outcome = env._replace(inner=(), obs=())
+        steps = Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, outcome, info.metrics)
+        replay = (actor.env.obs, prev_action, actor.fresh, info.trace)
+        actor = Actor(env, belief, agent.action_vector(action), fresh)
+        return (actor, nnx.state(agent, nnx.BatchStat)), (steps, jax.lax.stop_gradient(replay))
+
+    def env_step(state: EnvState, action: Array) -> EnvState:
+        return jax.lax.stop_gradient(env.step(state, action))
+
+    def bootstrap_value(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Any) -> Array:
+        """Value [B] of the latest observation, by one more belief update that leaves no trace."""
+        agent = agent_of(params, batch_stats)
+        belief, _, _ = observe(agent, actor, draws)
+        return jax.lax.stop_gradient(agent.heads(belief)[1])
+
+    def segment_loss(params: nnx.State, h: Array, actor: Actor, batch_stats: nnx.State, draws: Draws):
+        """Acts for one segment from recurrent state h; returns (its loss, Outcome)."""
+        start = actor._replace(belief=actor.belief._replace(h=h))
+        step_draws = draws._replace(belief=jax.tree.map(lambda x: x[:-1], draws.belief))
+        (end, batch_stats), (steps, replay) = jax.lax.scan(
+            lambda carry, x: act(params, carry, x), (start, batch_stats), step_draws
+        )
+        last_draws = jax.tree.map(lambda x: x[-1], draws.belief)
+        fixed = jax.lax.stop_gradient((params, batch_stats, end))
+        bootstrap = bootstrap_value(*fixed, last_draws)
+        returns = n_step_returns(steps.env.reward, steps.env.done, bootstrap, gamma)
+        mask = steps.env.transition
+        losses = a2c_losses(*steps[:4], returns, mask, config.loss)
+        segment = Segment(actor.belief.h, *replay)
+        return losses.total, Outcome(end, batch_stats, steps, losses, segment, returns, bootstrap)
+
+    def replay(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> Array:
+        """The recurrent state after a segment, from the one before it: encoder and transition, nothing else."""
+        encode = lambda *x: agent_of(params, batch_stats).encode(*x)  # noqa: E731
+        inputs = jax.vmap(encode)(segment.obs, segment.prev_action)
+
+        def step(h, x):
+            fresh, inputs, trace = x
+            agent = agent_of(params, batch_stats)
+            h = agent.restart(h, fresh)
+            return agent.transition(h, inputs, trace), None
+
+        return jax.lax.scan(step, h, (segment.fresh, inputs, segment.trace))[0]
+
+    def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
+        """Acts for a segment; gradient of its loss through it and all earlier segments of the window."""
+        (grads, h_grad), outcome = jax.grad(segment_loss, argnums=(0, 1), has_aux=True)(
+            params, actor.belief.h, actor, batch_stats, draws
+        )
+
+        def earlier(i, carry):
+            grads, h_grad = carry
+            segment = jax.tree.map(lambda x: x[window.length - 1 - i], window.segments)
+            _, vjp = jax.vjp(lambda p, h: replay(p, h, batch_stats, segment), params, segment.h)
+            more, h_grad = vjp(h_grad)
+            return jax.tree.map(jnp.add, grads, more), h_grad
+
+        if capacity:
+            grads, _ = jax.lax.fori_loop(0, window.length, earlier, (grads, h_grad))
+        return grads, outcome
+
+    def push(window: Window, segment: Segment) -> Window:
+        """Adds a segment; the last one of a window empties it instead."""
+        if not capacity:
+            return window
+        place = jnp.minimum(window.length, capacity - 1)
+        segments = jax.tree.map(lambda old, new: old.at[place].set(new), window.segments, segment)
+        return Window(segments, jnp.where(window.length == capacity, 0, window.length + 1))
+
+    def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
+        """The metrics of one update, by the names under which they are logged."""
+        steps, mask = outcome.steps, outcome.steps.env.transition
+        measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
+        measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
+        measured["obs.avg_nr_observed"] = masked_mean(steps.env.observed.astype(jnp.float32), mask)
+        measured["gradient.norm"] = optax.global_norm(grads)
+        return measured
+
+    def update(state: TrainState) -> TrainState:
+        """One segment and one step of the optimiser."""
+        draws = draw(jax.random.fold_in(state.key, state.update))
+        grads, outcome = gradient(state.params, state.batch_stats, state.actor, state.window, draws)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=outcome.batch_stats,
+            opt_state=opt_state,
+            actor=outcome.actor,
+            window=push(state.window, outcome.segment),
+            episodes=state.episodes.add(outcome.steps.env),
+            metrics=state.metrics.add(measure(grads, outcome)),
+            key=state.key,
+            update=state.update + 1,
+            env_steps=state.env_steps + jnp.sum(outcome.steps.env.transition, dtype=jnp.uint32),
+        )
+
+    def run(state: TrainState, num_updates: Array) -> TrainState:
+        return jax.lax.fori_loop(0, num_updates, lambda _, state: update(state), state)
+
+    def restart(state: TrainState, env_state: EnvState) -> TrainState:
+        """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
+        actor = Actor(
+            env=env_state,
+            belief=agent_verbs.initial(num_envs),
+            prev_action=agent_verbs.initial_action(num_envs),
+            fresh=jnp.ones(num_envs, bool),
+        )
+        _, outcome = jax.eval_shape(
+            segment_loss, state.params, actor.belief.h, actor, state.batch_stats, jax.eval_shape(draw, state.key)
+        )
+        segments = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), outcome.segment)
+        window = Window(segments, jnp.zeros((), jnp.int32))
+        metrics = state.metrics or Metrics.empty(jax.eval_shape(measure, state.params, outcome))
+        state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())
+        return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.
+
+    def init(key: Array) -> TrainState:
+        """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments."""
+        agent_key, env_key, train_key = jax.random.split(key, 3)
+        _, params, batch_stats = nnx.split(make_agent(config, env, agent_key), nnx.Param, nnx.BatchStat)
+        state = TrainState(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            actor=(),
+            window=(),
+            episodes=EpisodeStatistics.empty(num_envs),
+            metrics=(),
+            key=train_key,
+            update=jnp.zeros((), jnp.int32),
+            env_steps=jnp.zeros((), jnp.uint32),
+        )
+        return restart(state, env.reset(env_key))
+
+    return Learner(init, restart, run, gradient, push, draw, graphdef)

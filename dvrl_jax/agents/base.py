@@ -1,0 +1,190 @@
+"""What every agent can do with a belief, and the actor and critic that all agents share.
+
+An agent is an NNX module with these verbs (shapes: `B` environments, `A` actions):
+
+    initial(B)                                       the belief before the first observation
+    encode(obs, prev_action)                         what the step's inputs contribute, once per environment
+    draw(key, steps, B)                              the random numbers that `steps` belief updates need
+    update(belief, inputs, obs, draws)               the belief after one more observation, with its losses
+    transition(h, inputs, trace)                     the same step's recurrent state alone, replayed from its trace
+    summarise(belief)                                one vector per environment for actor and critic
+    heads(belief)                                    the policy and the value
+    predict(last, times, key)                        observations expected some steps ahead
+
+`transition` is the path along which gradients cross segments: given the draws and choices that `update` recorded in
+its trace, it must compute the same `h`, without anything that only losses and heads need.
+"""
+
+import abc
+from typing import Any, NamedTuple
+
+import chex
+import distrax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dvrl_jax import networks
+from dvrl_jax.envs.base import ActionSpec, ObservationSpec
+
+Array = jax.Array
+
+GAUSSIAN_HEAD_GAIN = 0.01  # Initial factor on the weights of a continuous policy's mean.
+
+
+class UpdateInfo(NamedTuple):
+    """By-products of one belief update.
+
+    Attributes:
+        trace: pytree, what `transition` needs to replay the step; no gradient passes.
+        encoding_loss: [B] loss that trains the belief itself (-ELBO for DVRL).
+        metrics: scalars or [B] arrays by metric name.
+    """
+
+    trace: Any
+    encoding_loss: Array
+    metrics: dict[str, Array]
+
+
+class Inputs(NamedTuple):
+    """Encoded inputs of one step: `phi_o` [B, F] and `phi_a` [B, E] (None without action encoding)."""
+
+    phi_o: Array
+    phi_a: Array | None
+
+    def as_dict(self) -> dict[str, Array]:
+        """The inputs under the names of the kernel blocks that multiply them."""
+        return {"obs": self.phi_o} | ({} if self.phi_a is None else {"action": self.phi_a})
+
+
+class Prediction(NamedTuple):
+    """What predictions start from: a belief and the update that led to it.
+
+    Attributes:
+        belief: the belief after the last observation.
+        h_prev: the `h` it was updated from. trace: the update's trace. prev_action: [B, A], which led to the
+        observation and is assumed to be repeated.
+    """
+
+    belief: Any
+    h_prev: Array
+    trace: Any
+    prev_action: Array
+
+
+class Agent(nnx.Module, abc.ABC):
+    """Encoders, actor and critic; subclasses add the belief."""
+
+    def __init__(self, config, observation: ObservationSpec, action: ActionSpec, *, rngs: nnx.Rngs):
+        """Makes the networks for `config` (the `model` group of a configuration).
+
+        Raises:
+            ValueError: the networks do not fit the observation.
+        """
+        self.observation = observation
+        self.action = action
+        self.h_dim = config.h_dim
+        self.detach_encoder = config.detach_encoder
+        # Set for evaluation with few environments: batch norm then uses its running averages.
+        self.use_running_average = False
+        self.encoder = networks.Encoder(observation.shape, config.channels, config.batch_norm, rngs=rngs)
+        self.encoded_size = 1
+        for size in networks.encoded_shape(observation.shape, config.channels):
+            self.encoded_size *= size
+        # Sizes of the blocks that phi_o and phi_a feed in every layer that reads them.
+        self.input_sizes = {"obs": self.encoded_size}
+        self.action_sizes = {}
+        if config.action_encoding > 0:
+            self.action_sizes = {"action": config.action_encoding}
+            self.action_encoder = networks.Linear({"x": action.size}, config.action_encoding, rngs=rngs)
+            self.action_activation = networks.Activation(config.action_encoding, config.batch_norm)
+        self.input_sizes |= self.action_sizes
+        self.summary_norm = networks.BatchNorm(config.h_dim) if config.policy_batch_norm else None
+        self.value_head = networks.Linear({"x": config.h_dim}, 1, rngs=rngs)
+        gain = networks.RELU_GAIN * (1.0 if action.discrete else GAUSSIAN_HEAD_GAIN)
+        self.policy_head = networks.Linear({"x": config.h_dim}, action.size, gain=gain, rngs=rngs)
+        if not action.discrete:
+            self.log_std = nnx.Param(jnp.zeros(action.size))
+
+    def encode(self, obs: Array, prev_action: Array) -> Inputs:
+        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
+        phi_o = self.encoder(self.as_float(obs), self.use_running_average)
+        return Inputs(phi_o, self.encode_action(prev_action))
+
+    def encode_action(self, prev_action: Array) -> Array | None:
+        """phi_a [B, E] of prev_action [B, A]; None without action encoding."""
+        chex.assert_rank(prev_action, 2)
+        if not self.action_sizes:
+            return None
+        return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average)
+
+    @staticmethod
+    def as_float(obs: Array) -> Array:
+        """Observations as floating point numbers; integer pixels 0..255 become 0..1."""
+        return obs.astype(jnp.float32) / 255.0 if jnp.issubdtype(obs.dtype, jnp.integer) else obs
+
+    def initial_action(self, num_envs: int) -> Array:
+        """The previous action at the start of an episode, [B, A]: action 0 (one-hot) or the zero vector."""
+        action = jnp.zeros((num_envs, self.action.size))
+        return action.at[:, 0].set(1.0) if self.action.discrete else action
+
+    def action_vector(self, action: Array) -> Array:
+        """Actions as network inputs [B, A]: one-hot if discrete ([B] int), unchanged if continuous."""
+        return jax.nn.one_hot(action, self.action.size) if self.action.discrete else action
+
+    def heads(self, belief: Any) -> tuple[distrax.Distribution, Array]:
+        """Returns the policy (a distribution over B actions) and the value [B] for a belief."""
+        features = self.policy_features(belief)
+        return self.policy(features), self.value(features)
+
+    def policy_features(self, belief: Any) -> Array:
+        """What actor and critic see, [B, H]: the belief's summary, batch-normalised if so configured."""
+        features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief)
+        if self.summary_norm is not None:
+            features = self.summary_norm(features, self.use_running_average)
+        return features
+
+    def policy(self, features: Array) -> distrax.Distribution:
+        """Policy over B actions: categorical, or diagonal normal with a standard deviation that is a parameter."""
+        out = self.policy_head(x=features)
+        if self.action.discrete:
+            return distrax.Categorical(logits=out)
+        std = jnp.broadcast_to(jnp.exp(self.log_std[...]), out.shape)
+        return distrax.MultivariateNormalDiag(out, std)
+
+    def value(self, features: Array) -> Array:
+        """Value [B]."""
+        return self.value_head(x=features)[:, 0]
+
+    @abc.abstractmethod
+    def initial(self, num_envs: int) -> Any:
+        """The belief of `num_envs` fresh episodes: a named tuple with the recurrent state in field `h`."""
+
+    @staticmethod
+    def restart(belief: Any, fresh: Array) -> Any:
+        """The belief with every array [B, ...] set to 0 where fresh [B]."""
+
+        def zero(x):
+            return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 1)), 0.0, x)
+
+        return jax.tree.map(zero, belief)
+
+    @abc.abstractmethod
+    def draw(self, key: Array, steps: int, num_envs: int) -> Any:
+        """Draws what `steps` updates need: a pytree of arrays [steps, B, ...], () if nothing."""
+
+    @abc.abstractmethod
+    def update(self, belief: Any, inputs: Inputs, obs: Array, draws: Any) -> tuple[Any, UpdateInfo]:
+        """Takes obs [B, ...] and its encoded inputs into the belief."""
+
+    @abc.abstractmethod
+    def transition(self, h: Array, inputs: Inputs, trace: Any) -> Array:
+        """Recomputes the `h` that `update` found from the previous `h`, the inputs and the recorded trace."""
+
+    @abc.abstractmethod
+    def summarise(self, belief: Any) -> Array:
+        """The belief as one vector per environment, [B, H]."""
+
+    @abc.abstractmethod
+    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+        """Expected observations {dt: [B, ...]} for each dt in `times`: 0 is the reconstruction of the last one."""

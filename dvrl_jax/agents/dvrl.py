@@ -1,0 +1,194 @@
+"""Deep Variational Reinforcement Learning: the belief is a set of weighted particles, learned through an ELBO."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dvrl_jax import networks
+from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
+
+Array = jax.Array
+
+
+class Belief(NamedTuple):
+    """K weighted particles for each of B environments.
+
+    Attributes:
+        h: [B, K, H] deterministic state. z: [B, K, Z] stochastic state, encoded as phi_z: [B, K, H].
+        log_weight: [B, K], not normalised.
+    """
+
+    h: Array
+    z: Array
+    phi_z: Array
+    log_weight: Array
+
+
+class Draws(NamedTuple):
+    """Randomness of updates: `u` [T, B] uniform, for resampling; `eps` [T, B, K, Z] standard normal, for z."""
+
+    u: Array
+    eps: Array
+
+
+class Trace(NamedTuple):
+    """What replaying a step takes: ancestors [B, K] int32 (None without resampling) and eps [B, K, Z]."""
+
+    ancestors: Array | None
+    eps: Array
+
+
+class Step(NamedTuple):
+    """All intermediate quantities of one belief update, as the paper names them."""
+
+    h_prev: Array
+    proposal_mean: Array
+    proposal_var: Array
+    z: Array
+    phi_z: Array
+    h: Array
+
+
+class DVRL(Agent):
+    """Particle-filter belief with learned proposal q(z), prior p(z), emission p(o) and recurrence h."""
+
+    def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
+        super().__init__(config, observation, action, rngs=rngs)
+        self.num_particles, self.z_dim = config.num_particles, config.z_dim
+        self.resampling = config.resample
+        h, z, norm = config.h_dim, config.z_dim, config.batch_norm
+        self.proposal_hidden = networks.Linear(self.input_sizes | {"h": h}, h, rngs=rngs)
+        self.proposal_activation = networks.Activation(h, norm)
+        self.proposal = networks.Normal(h, z, rngs=rngs)
+        self.phi_z = networks.Linear({"z": z}, h, rngs=rngs)
+        self.gru = networks.GRUCell(self.input_sizes | {"phi_z": h}, h, rngs=rngs)
+        self.prior_hidden = networks.Linear({"h": h} | self.action_sizes, h, rngs=rngs)
+        self.prior = networks.Normal(h, z, rngs=rngs)
+        emission_inputs = {"phi_z": h, "h": h} | self.action_sizes
+        self.emission_hidden = networks.Linear(emission_inputs, self.encoded_size, rngs=rngs)
+        self.emission_activation = networks.Activation(self.encoded_size, norm)
+        self.decoder = networks.make_decoder(observation.shape, config.channels, norm, rngs=rngs)
+        summary_inputs = {"h": h, "phi_z": h, "weight": 1}
+        if config.num_particles > 1:
+            self.summary = networks.GRUCell(summary_inputs, h, uniform=True, rngs=rngs)
+        else:
+            self.summary = networks.Linear(summary_inputs, h, rngs=rngs)
+
+    def initial(self, num_envs: int) -> Belief:
+        zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))  # noqa: E731
+        return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros())
+
+    def draw(self, key: Array, steps: int, num_envs: int) -> Draws:
+        u_key, eps_key = jax.random.split(key)
+        u = jax.random.uniform(u_key, (steps, num_envs))
+        return Draws(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
+
+    def update(self, belief: Belief, inputs: Inputs, obs: Array, draws: Draws) -> tuple[Belief, UpdateInfo]:
+        """Resample, propose, advance, weigh. Draws: u [B], eps [B, K, Z]."""
+        ancestors = pf.systematic_ancestors(belief.log_weight, draws.u) if self.resampling else None
+        trace = Trace(ancestors, draws.eps)
+        step = self.advance(belief.h, inputs, trace)
+        proposal_log_prob = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
+        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs))
+        emission = self.emission_of(step.phi_z, step.h_prev, inputs)
+        emission_log_prob = self.emission_log_prob(obs, emission)
+        log_weight = pf.log_weight(prior_log_prob, proposal_log_prob, emission_log_prob)
+        elbo = pf.elbo(log_weight)
+        metrics = {} if ancestors is None else {"particles.killed": pf.killed_particles(ancestors)}
+        metrics |= _spread("loss.prior", proposal_log_prob - prior_log_prob)
+        metrics |= _spread("loss.emission", -emission_log_prob)
+        return Belief(step.h, step.z, step.phi_z, log_weight), UpdateInfo(trace, -elbo, metrics)
+
+    def transition(self, h: Array, inputs: Inputs, trace: Trace) -> Array:
+        return self.advance(h, inputs, trace).h
+
+    def advance(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
+        """Resamples h [B, K, H] by the given ancestors, draws z from the proposal, and advances h."""
+        if trace.ancestors is not None:
+            h = pf.resample(h, trace.ancestors)
+        shared = inputs.as_dict()
+        hidden = self.proposal_hidden.product(**shared)[:, None] + self.proposal_hidden(h=h)
+        mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average))
+        z = pf.sample_normal(mean, var, trace.eps)
+        phi_z = jax.nn.relu(self.phi_z(z=z))
+        gates = self.gru.product(**shared)[:, None] + self.gru.product(phi_z=phi_z)
+        return Step(h, mean, var, z, phi_z, self.gru(h, gates))
+
+    def prior_of(self, h_prev: Array, inputs: Inputs) -> tuple[Array, Array]:
+        """p(z): mean and variance [B, K, Z] from the resampled previous h [B, K, H] and the action."""
+        hidden = self.prior_hidden(h=h_prev)
+        if inputs.phi_a is not None:
+            hidden += self.prior_hidden.product(action=inputs.phi_a)[:, None]
+        return self.prior(jax.nn.relu(hidden))
+
+    def emission_of(self, phi_z: Array, h_prev: Array, inputs: Inputs) -> Any:
+        """p(o): the decoder's output for all B*K particles on one axis."""
+        hidden = self.emission_hidden(phi_z=phi_z, h=h_prev)
+        if inputs.phi_a is not None:
+            hidden += self.emission_hidden.product(action=inputs.phi_a)[:, None]
+        features = self.emission_activation(hidden, self.use_running_average)
+        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average)
+
+    def emission_log_prob(self, obs: Array, emission: Any) -> Array:
+        """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
+        target = self.as_float(obs)
+        split = lambda x: x.reshape(-1, self.num_particles, *x.shape[1:])  # noqa: E731
+        if self.observation.is_image:
+            blocks, mask = self.decoder.to_blocks(target)
+            return pf.bernoulli_log_prob(blocks[:, None], split(emission), mask)
+        mean, var = emission
+        return pf.normal_log_prob(target[:, None], split(mean), split(var))
+
+    def emission_mean(self, emission: Any) -> Array:
+        """Expected observation [B, K, ...] under the decoder's output: pixel probabilities, or means."""
+        mean = jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
+        return mean.reshape(-1, self.num_particles, *mean.shape[1:])
+
+    def summarise(self, belief: Belief) -> Array:
+        """A GRU over the particles in order, reading [h, phi_z, weight]; its last state. K = 1: one linear map."""
+        weight = pf.normalised_weights(belief.log_weight)[..., None]
+        inputs = {"h": belief.h, "phi_z": belief.phi_z, "weight": weight}
+        if self.num_particles == 1:
+            return self.summary(**inputs)[:, 0]
+        gates = self.summary.product(**inputs)
+        state = jnp.zeros_like(belief.h[:, 0])
+
+        def read(state, gate):
+            return self.summary(state, gate), None
+
+        return jax.lax.scan(read, state, jnp.moveaxis(gates, 1, 0))[0]
+
+    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+        """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""
+        belief, inputs = last.belief, Inputs(None, self.encode_action(last.prev_action))
+        predictions = {}
+        if 0 in times:
+            h_prev = last.h_prev if last.trace.ancestors is None else pf.resample(last.h_prev, last.trace.ancestors)
+            predictions[0] = self.expected_observation(belief.phi_z, h_prev, inputs, belief.log_weight)
+        h = belief.h
+        for dt in range(1, max(times, default=0) + 1):
+            mean, var = self.prior_of(h, inputs)
+            noise = jax.random.normal(jax.random.fold_in(key, dt), mean.shape)
+            phi_z = jax.nn.relu(self.phi_z(z=pf.sample_normal(mean, var, noise)))
+            expected = self.expected_observation(phi_z, h, inputs, belief.log_weight)
+            if dt in times:
+                predictions[dt] = expected
+            shared = self.encode(expected, last.prev_action).as_dict()
+            h = self.gru(h, self.gru.product(**shared)[:, None] + self.gru.product(phi_z=phi_z))
+        return predictions
+
+    def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:
+        """The emission's mean, averaged over the particles by their weights: [B, ...]."""
+        return pf.weighted_mean(self.emission_mean(self.emission_of(phi_z, h_prev, inputs)), log_weight)
+
+
+def _spread(name: str, loss: Array) -> dict[str, Array]:
+    """Mean, -logsumexp(-loss) and standard deviation over the particles of loss [B, K]; each [B]."""
+    metrics = {f"{name}.mean": jnp.mean(loss, -1)}
+    if loss.shape[-1] > 1:
+        metrics[f"{name}.logsumexp"] = -jax.nn.logsumexp(-loss, -1)
+        metrics[f"{name}.std"] = jnp.std(loss, -1, ddof=1)
+    return metrics

@@ -1,0 +1,90 @@
+"""The baseline: a recurrent network whose state is the belief, trained by the reinforcement learning loss."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dvrl_jax import networks
+from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
+
+Array = jax.Array
+
+
+class Belief(NamedTuple):
+    """The recurrent state h [B, H]."""
+
+    h: Array
+
+
+class RNN(Agent):
+    """h = GRU([phi_o, phi_a], h_prev); optionally also predicts the observation from [h_prev, phi_a]."""
+
+    def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
+        super().__init__(config, observation, action, rngs=rngs)
+        self.obs_loss_coef = config.obs_loss_coef
+        self.gru = networks.GRUCell(self.input_sizes, config.h_dim, rngs=rngs)
+        if self.obs_loss_coef > 0:
+            sizes = {"h": config.h_dim} | self.action_sizes
+            self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
+            self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
+            self.decoder = networks.make_decoder(observation.shape, config.channels, config.batch_norm, rngs=rngs)
+
+    def initial(self, num_envs: int) -> Belief:
+        return Belief(jnp.zeros((num_envs, self.h_dim)))
+
+    def draw(self, key: Array, steps: int, num_envs: int) -> tuple:
+        del key, steps, num_envs
+        return ()
+
+    def update(self, belief: Belief, inputs: Inputs, obs: Array, draws: tuple) -> tuple[Belief, UpdateInfo]:
+        del draws
+        loss = jnp.zeros(obs.shape[0])
+        if self.obs_loss_coef > 0:
+            loss = self.obs_loss_coef * self.observation_loss(obs, self.emission_of(belief.h, inputs))
+        return Belief(self.transition(belief.h, inputs, ())), UpdateInfo((), loss, {})
+
+    def transition(self, h: Array, inputs: Inputs, trace: tuple) -> Array:
+        del trace
+        return self.gru(h, self.gru.product(**inputs.as_dict()))
+
+    def summarise(self, belief: Belief) -> Array:
+        return belief.h
+
+    def emission_of(self, h_prev: Array, inputs: Inputs):
+        """The decoder's output for the observation expected after h_prev [B, H] and the previous action."""
+        hidden = self.emission_hidden(h=h_prev)
+        if inputs.phi_a is not None:
+            hidden += self.emission_hidden.product(action=inputs.phi_a)
+        return self.decoder(self.emission_activation(hidden, self.use_running_average), self.use_running_average)
+
+    def observation_loss(self, obs: Array, emission) -> Array:
+        """Loss [B] per environment, averaged over pixels or dimensions: BCE with logits, or squared error."""
+        target = self.as_float(obs)
+        if self.observation.is_image:
+            logits = self.decoder.to_images(emission)
+            return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, target), axis=(-3, -2, -1))
+        return jnp.mean(jnp.square(emission[0] - target), axis=-1)
+
+    def emission_mean(self, emission) -> Array:
+        """Expected observation [B, ...] under the decoder's output: pixel probabilities, or means."""
+        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
+
+    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+        """Decodes, re-encodes and advances h; nothing can be predicted without the observation loss."""
+        del key
+        if self.obs_loss_coef == 0:
+            return {}
+        inputs = Inputs(None, self.encode_action(last.prev_action))
+        predictions = {}
+        if 0 in times:
+            predictions[0] = self.emission_mean(self.emission_of(last.h_prev, inputs))
+        h = last.belief.h
+        for dt in range(1, max(times, default=0) + 1):
+            expected = self.emission_mean(self.emission_of(h, inputs))
+            if dt in times:
+                predictions[dt] = expected
+            h = self.transition(h, self.encode(expected, last.prev_action), ())
+        return predictions

@@ -1,0 +1,100 @@
+"""Atari games, emulated in C++ by EnvPool and stepped from inside the compiled program.
+
+EnvPool delivers a new episode one call late: after a `done`, the next call ignores its action and returns the new
+episode's first frame with reward 0. `EnvState.transition` is False for that call.
+
+Emulator state cannot be saved: a resumed run starts new games.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
+
+Array = jax.Array
+
+FRAME_SIZE = 84
+STICKY_ACTIONS = 0.25
+MAX_NOOPS = 30
+
+
+def game_names() -> list[str]:
+    """Names of all Atari games that EnvPool can emulate, without their `-v5`, sorted."""
+    import envpool.atari.registration as registration
+
+    return sorted({"".join(part.capitalize() for part in name.split("_")) for name in registration.atari_game_list})
+
+
+def make_pool(game: str, num_envs: int, seed: int, frame_skip: int):
+    """Returns EnvPool's own pool of games with the original's wrappers; `seed` fixes every emulator's randomness."""
+    import envpool
+
+    return envpool.make_gymnasium(
+        f"{game}-v5",
+        num_envs=num_envs,
+        seed=seed,
+        stack_num=1,
+        frame_skip=frame_skip,
+        noop_max=MAX_NOOPS,
+        use_fire_reset=True,
+        episodic_life=True,
+        reward_clip=True,
+        repeat_action_probability=STICKY_ACTIONS,
+        full_action_space=False,
+        img_height=FRAME_SIZE,
+        img_width=FRAME_SIZE,
+        gray_scale=True,
+    )
+
+
+class Atari(Environment):
+    """`num_envs` copies of one game: grey 84x84 frames, clipped rewards, a life an episode, sticky actions.
+
+    `EnvState.inner` is (handle, done): EnvPool's handle, which must be threaded from call to call, and the `done` of
+    the last call, which tells a late reset.
+    """
+
+    restorable = False
+
+    def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4):
+        self.num_envs = num_envs
+        self._pool = make_pool(game, num_envs, seed, frame_skip)
+        self.observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
+        self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
+        self._handle, self._recv, self._send, _ = self._pool.xla()
+
+    def reset(self, key: Array) -> EnvState:
+        """Starts new games. The key is not used: EnvPool has its own generators, seeded when it is made."""
+        del key
+        self._pool.async_reset()
+        handle, (obs, *_) = jax.jit(self._recv)(jnp.asarray(self._handle))
+        no = jnp.zeros(self.num_envs, bool)
+        zero = jnp.zeros(self.num_envs)
+        return EnvState((handle, no), _to_nhwc(obs), zero, no, ~no, zero, no, ~no)
+
+    def step(self, state: EnvState, action: Array) -> EnvState:
+        handle, was_done = state.inner
+        handle = self._send(handle, action.astype(jnp.int32), jnp.arange(self.num_envs, dtype=jnp.int32))
+        handle, (obs, reward, terminated, truncated, info) = self._recv(handle)
+        done = terminated | truncated
+        game_over = (info["terminated"].astype(bool) | truncated) & ~was_done
+        return EnvState(
+            inner=(handle, done),
+            obs=_to_nhwc(obs),
+            reward=jnp.where(was_done, 0.0, reward),
+            done=done & ~was_done,
+            transition=~was_done,
+            true_reward=jnp.where(was_done, 0.0, info["reward"].astype(jnp.float32)),
+            game_over=game_over,
+            observed=jnp.ones(self.num_envs, bool),
+        )
+
+
+def _to_nhwc(obs: Array) -> Array:
+    return jnp.moveaxis(obs, 1, -1)
+
+
+def render_frames(obs: Array) -> np.ndarray:
+    """Frames [..., 84, 84, 1] as uint8 [..., 84, 84] for pictures."""
+    return np.asarray(obs)[..., 0]

@@ -1,0 +1,100 @@
+"""Mountain Hike: find and follow a ridge from noisy position readings. Written in JAX, it runs on any device.
+
+The task of Igl et al. (2018), called Death Valley in their release. Positions live in the box [-1, 1]^2; everything
+random is drawn from the key in the state, so a saved state continues exactly.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
+
+Array = jax.Array
+
+START = (-0.85, -0.85)
+START_STD = 0.1
+TRANSITION_STD = 0.025
+MAX_ACTION_NORM = 0.05
+ACTION_COST = 0.1
+OUTSIDE_REWARD = -6.0
+OBSERVATION_SCALE = 10.0
+EPISODE_LENGTH = 75
+# The three ridges: centre, standard deviations along x and y, height factor.
+RIDGES = (
+    ((0.5, 0.5), (0.75, 0.1), 1.0),
+    ((0.0, 0.2), (0.1, 0.75), 0.8),
+    ((-0.375, -0.5), (0.75, 0.1), 0.55),
+)
+
+
+def height_reward(position: Array) -> Array:
+    """Reward [...] of standing at `position` [..., 2], before the action's cost.
+
+    -6 outside the box, else 4 (1 - (1 - Z)^4) - 4.5 + (x + y)/4, where Z is the highest of the ridges, each
+    f/3 times a normal density.
+    """
+    x, y = position[..., 0], position[..., 1]
+    heights = []
+    for (mean_x, mean_y), (std_x, std_y), factor in RIDGES:
+        exponent = -0.5 * (jnp.square((x - mean_x) / std_x) + jnp.square((y - mean_y) / std_y))
+        heights.append(factor / (3.0 * 2.0 * math.pi * std_x * std_y) * jnp.exp(exponent))
+    ridge = jnp.maximum(jnp.maximum(heights[0], heights[1]), heights[2])
+    inside = 4.0 * (1.0 - (1.0 - ridge) ** 4) - 4.5 + (x + y) / 4.0
+    outside = (jnp.abs(x) > 1.0) | (jnp.abs(y) > 1.0)
+    return jnp.where(outside, OUTSIDE_REWARD, inside)
+
+
+def clip_action(action: Array) -> Array:
+    """Shortens actions [..., 2] to a norm of at most `MAX_ACTION_NORM`, keeping their direction."""
+    norm = jnp.linalg.norm(action, axis=-1, keepdims=True)
+    return action * jnp.minimum(1.0, MAX_ACTION_NORM / jnp.maximum(norm, 1e-12))
+
+
+class HikeState(NamedTuple):
+    """Positions [B, 2], steps taken in the episode [B] int32, and the key of all further randomness."""
+
+    position: Array
+    time: Array
+    key: Array
+
+
+class MountainHike(Environment):
+    """`num_envs` hikers; `observation_std` is the noise of a position reading in units of the box (0, 0.15, 0.3)."""
+
+    restorable = True
+
+    def __init__(self, num_envs: int, observation_std: float):
+        self.num_envs = num_envs
+        self.observation_std = observation_std
+        self.observation = ObservationSpec((2,), jnp.float32)
+        self.action = ActionSpec(discrete=False, size=2)
+
+    def reset(self, key: Array) -> EnvState:
+        key, start_key, noise_key = jax.random.split(key, 3)
+        shape = (self.num_envs, 2)
+        position = jnp.asarray(START) + START_STD * jax.random.normal(start_key, shape)
+        inner = HikeState(position, jnp.zeros(self.num_envs, jnp.int32), key)
+        no = jnp.zeros(self.num_envs, bool)
+        zero = jnp.zeros(self.num_envs)
+        obs = self._observe(position, jax.random.normal(noise_key, shape))
+        return EnvState(inner, obs, zero, no, ~no, zero, no, ~no)
+
+    def step(self, state: EnvState, action: Array) -> EnvState:
+        """Moves, pays, and observes; after `EPISODE_LENGTH` steps the next observation is a new episode's first."""
+        position, time, key = state.inner
+        key, noise_key = jax.random.split(key)
+        move_noise, start_noise, reading_noise = jax.random.normal(noise_key, (3, self.num_envs, 2))
+        cost = ACTION_COST * jnp.linalg.norm(action, axis=-1)
+        position = position + clip_action(action) + TRANSITION_STD * move_noise
+        reward = height_reward(position) - cost
+        done = time + 1 >= EPISODE_LENGTH
+        position = jnp.where(done[:, None], jnp.asarray(START) + START_STD * start_noise, position)
+        inner = HikeState(position, jnp.where(done, 0, time + 1), key)
+        obs = self._observe(position, reading_noise)
+        return EnvState(inner, obs, reward, done, jnp.ones_like(done), reward, done, jnp.ones_like(done))
+
+    def _observe(self, position: Array, noise: Array) -> Array:
+        return OBSERVATION_SCALE * (position + self.observation_std * noise)

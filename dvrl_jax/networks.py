@@ -1,0 +1,379 @@
+"""Layers and networks of both agents: what is learned, and nothing about how it is used.
+
+Everything here is a Flax NNX module with float32 parameters, PyTorch's GRU and batch-norm conventions and the
+original's initialisation. Images are NHWC. Convolutions are written as matrix products on shifted copies of their
+input, because XLA's CPU back end has no fast gradient for strided and transposed convolutions; on a GPU the same
+products go to the matrix units.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+RELU_GAIN = math.sqrt(2.0)
+BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.1  # PyTorch's meaning: the weight of the new batch in the running average.
+
+Array = jax.Array
+
+
+def orthogonal(key: Array, rows: int, columns: int, gain: float) -> Array:
+    """Draws a matrix [rows, columns] with orthonormal rows or columns (whichever are fewer), times `gain`."""
+    return jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
+
+
+class Linear(nnx.Module):
+    """Affine map of several named inputs, `y = sum_i x_i W_i + b`, one kernel [in_i, out] per input.
+
+    It is the usual layer on the concatenation of its inputs (and initialised as that one: orthogonal, gain sqrt(2),
+    bias 0), kept in blocks so that an input shared by all particles can be multiplied once per environment.
+    """
+
+    def __init__(self, inputs: Mapping[str, int], features: int, *, gain: float = RELU_GAIN, rngs: nnx.Rngs):
+        kernel = orthogonal(rngs.params(), sum(inputs.values()), features, gain)
+        self.kernel = nnx.Dict(_row_blocks(kernel, inputs))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def product(self, **inputs: Array) -> Array:
+        """Returns `sum_i x_i W_i` [..., out] for some of the inputs [..., in_i], without the bias."""
+        return sum(x @ self.kernel[name][...] for name, x in inputs.items())
+
+    def __call__(self, **inputs: Array) -> Array:
+        """Returns `sum_i x_i W_i + b` [..., out]; inputs [..., in_i] broadcast against each other."""
+        return self.product(**inputs) + self.bias[...]
+
+
+def _row_blocks(kernel: Array, inputs: Mapping[str, int]) -> dict[str, nnx.Param]:
+    blocks, start = {}, 0
+    for name, size in inputs.items():
+        blocks[name] = nnx.Param(kernel[start : start + size])
+        start += size
+    return blocks
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last (Ioffe & Szegedy, 2015).
+
+    While learning and acting it uses the batch's own mean and biased variance, and moves the running averages by
+    `BATCH_NORM_MOMENTUM` (with the unbiased variance, as PyTorch does). With `use_running_average` it uses those
+    averages instead: for evaluation with few environments.
+    """
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+        self.var = nnx.BatchStat(jnp.ones(features))
+
+    def __call__(self, x: Array, use_running_average: bool = False) -> Array:
+        """Normalises x [..., C]."""
+        if use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            axes = tuple(range(x.ndim - 1))
+            count = math.prod(x.shape[:-1])
+            mean = jnp.mean(x, axes)
+            var = jnp.mean(jnp.square(x - mean), axes)
+            self.mean[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(mean) - self.mean[...])
+            unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
+            self.var[...] += BATCH_NORM_MOMENTUM * (unbiased - self.var[...])
+        factor = self.scale[...] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        return (x - mean) * factor + self.bias[...]
+
+
+class Activation(nnx.Module):
+    """ReLU, preceded by batch normalisation if `batch_norm`."""
+
+    def __init__(self, features: int, batch_norm: bool):
+        self.norm = BatchNorm(features) if batch_norm else None
+
+    def __call__(self, x: Array, use_running_average: bool = False) -> Array:
+        if self.norm is not None:
+            x = self.norm(x, use_running_average)
+        return jax.nn.relu(x)
+
+
+class Normal(nnx.Module):
+    """Two linear maps of one input: the mean and, through a softplus, the **variance** of a diagonal normal."""
+
+    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
+        self.mean = Linear({"x": inputs}, features, rngs=rngs)
+        self.var = Linear({"x": inputs}, features, rngs=rngs)
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """Maps x [..., inputs] to (mean, variance), each [..., features]."""
+        return self.mean(x=x), jax.nn.softplus(self.var(x=x))
+
+
+class GRUCell(nnx.Module):
+    """Gated recurrent unit with PyTorch's gates: r, z, n in this order, and both bias vectors.
+
+        r = s(W_ir x + b_ir + W_hr h + b_hr)      z = s(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))      h' = (1 - z) * n + z * h
+
+    The input is a set of named blocks (see `Linear`). Initialised orthogonally with gain 1 on the full matrices, or
+    with `uniform` from U(-1/sqrt(H), 1/sqrt(H)), biases included.
+    """
+
+    def __init__(self, inputs: Mapping[str, int], features: int, *, uniform: bool = False, rngs: nnx.Rngs):
+        sizes = {"i": sum(inputs.values()), "h": features}
+        if uniform:
+            bound = 1.0 / math.sqrt(features)
+            draw = lambda *shape: jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)  # noqa: E731
+            kernel_i, kernel_h = (draw(size, 3 * features) for size in sizes.values())
+            bias_i, bias_h = draw(3 * features), draw(3 * features)
+        else:
+            kernel_i, kernel_h = (orthogonal(rngs.params(), size, 3 * features, 1.0) for size in sizes.values())
+            bias_i, bias_h = jnp.zeros(3 * features), jnp.zeros(3 * features)
+        self.kernel_i = nnx.Dict(_row_blocks(kernel_i, inputs))
+        self.kernel_h = nnx.Param(kernel_h)
+        self.bias_i = nnx.Param(bias_i)
+        self.bias_h = nnx.Param(bias_h)
+
+    def product(self, **inputs: Array) -> Array:
+        """Returns the input's part of the gates, `sum_i x_i W_i` [..., 3H], without the bias."""
+        return sum(x @ self.kernel_i[name][...] for name, x in inputs.items())
+
+    def __call__(self, h: Array, product: Array) -> Array:
+        """Returns the next h [..., H] from h [..., H] and the input's `product` [..., 3H]."""
+        gates_i = product + self.bias_i[...]
+        gates_h = h @ self.kernel_h[...] + self.bias_h[...]
+        r_i, z_i, n_i = jnp.split(gates_i, 3, axis=-1)
+        r_h, z_h, n_h = jnp.split(gates_h, 3, axis=-1)
+        r = jax.nn.sigmoid(r_i + r_h)
+        z = jax.nn.sigmoid(z_i + z_h)
+        n = jnp.tanh(n_i + r * n_h)
+        return n + z * (h - n)
+
+
+# --- Convolutions as matrix products -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """Kernel size, stride and padding of one square convolution; the stride must divide the kernel size."""
+
+    kernel: int
+    stride: int
+    padding: int = 0
+
+    def output_size(self, size: int) -> int:
+        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+def space_to_depth(x: Array, block: int) -> Array:
+    """Rearranges x [N, H, W, C] into [N, H/block, W/block, block*block*C]."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // block, block, width // block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // block, width // block, block * block * channels)
+
+
+def depth_to_space(x: Array, block: int) -> Array:
+    """Inverse of `space_to_depth`: [N, H, W, block*block*C] to [N, H*block, W*block, C]."""
+    n, height, width, depth = x.shape
+    channels = depth // (block * block)
+    x = x.reshape(n, height, width, block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * block, width * block, channels)
+
+
+def conv(x: Array, kernel: Array, spec: ConvSpec) -> Array:
+    """Convolution (cross-correlation) of x [N, H, W, C] with kernel [k, k, C, D]: [N, H', W', D].
+
+    With m = k / stride, each output pixel sees m x m blocks of stride x stride pixels: the input is put in block
+    order once, and its m*m shifted copies are multiplied with the kernel in one matrix product.
+    """
+    chex.assert_rank([x, kernel], 4)
+    size, channels, features = spec.output_size(x.shape[1]), kernel.shape[2], kernel.shape[3]
+    s, m = spec.stride, spec.kernel // spec.stride
+    extent = s * (size - 1 + m)
+    p = spec.padding
+    if p:
+        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    x = space_to_depth(x[:, :extent, :extent], s)
+    shifted = [x[:, i : i + size, j : j + size] for i in range(m) for j in range(m)]
+    patches = jnp.concatenate(shifted, axis=-1)
+    kernel = kernel.reshape(m, s, m, s, channels, features).transpose(0, 2, 1, 3, 4, 5)
+    return patches @ kernel.reshape(-1, features)
+
+
+def conv_transpose_blocks(x: Array, kernel: Array, spec: ConvSpec) -> Array:
+    """Transposed convolution of x [N, H, W, C] with kernel [C, k, k, D], left in block order and unpadded.
+
+    Returns [N, H+m-1, W+m-1, s*s*D] with s the stride and m = k / s: `depth_to_space(., s)` and cutting `padding`
+    off each border give the image. One product makes each pixel's k x k patch; the m*m blocks of it are added up at
+    their places. The gradient is then one product with shifted copies of the (thin) output gradient.
+    """
+    chex.assert_rank([x, kernel], 4)
+    n, height, width, channels = x.shape
+    s, m = spec.stride, spec.kernel // spec.stride
+    features = kernel.shape[-1]
+    kernel = kernel.reshape(channels, m, s, m, s, features).transpose(0, 1, 3, 2, 4, 5)
+    depth = s * s * features
+    patches = x @ kernel.reshape(channels, m * m * depth)
+    total = 0
+    for i in range(m):
+        for j in range(m):
+            block = patches[..., (i * m + j) * depth : (i * m + j + 1) * depth]
+            total += jnp.pad(block, ((0, 0), (i, m - 1 - i), (j, m - 1 - j), (0, 0)))
+    return total
+
+
+class Conv(nnx.Module):
+    """Convolution layer: kernel [k, k, C, D] orthogonal over its output features (gain sqrt(2)), bias 0."""
+
+    def __init__(self, channels: int, features: int, spec: ConvSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        k = spec.kernel
+        kernel = orthogonal(rngs.params(), k * k * channels, features, RELU_GAIN)
+        self.kernel = nnx.Param(kernel.reshape(k, k, channels, features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [N, H, W, C] to [N, H', W', D]."""
+        return conv(x, self.kernel[...], self.spec) + self.bias[...]
+
+
+class ConvTranspose(nnx.Module):
+    """Transposed convolution layer: kernel [C, k, k, D] orthogonal over its input channels, bias 0."""
+
+    def __init__(self, channels: int, features: int, spec: ConvSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        k = spec.kernel
+        kernel = orthogonal(rngs.params(), channels, k * k * features, RELU_GAIN)
+        self.kernel = nnx.Param(kernel.reshape(channels, k, k, features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def blocks(self, x: Array) -> Array:
+        """Maps x [N, H, W, C] to its image in block order (see `conv_transpose_blocks`), uncropped, with bias."""
+        bias = jnp.tile(self.bias[...], self.spec.stride**2)
+        return conv_transpose_blocks(x, self.kernel[...], self.spec) + bias
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [N, H, W, C] to [N, H', W', D]."""
+        return self.crop(depth_to_space(self.blocks(x), self.spec.stride))
+
+    def crop(self, image: Array) -> Array:
+        p = self.spec.padding
+        return image[:, p : image.shape[1] - p, p : image.shape[2] - p]
+
+
+# --- Encoders and decoders by kind of observation -------------------------------------------------------------------
+
+IMAGE_ENCODERS: dict[int, tuple[ConvSpec, ConvSpec, ConvSpec]] = {
+    84: (ConvSpec(8, 4), ConvSpec(4, 2), ConvSpec(3, 1)),
+    32: (ConvSpec(4, 2, 1), ConvSpec(4, 2, 1), ConvSpec(4, 2)),
+    16: (ConvSpec(4, 2, 1), ConvSpec(4, 2, 1), ConvSpec(4, 1)),
+}
+
+
+def encoded_shape(obs_shape: Sequence[int], channels: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the encoder's output for one observation: (side, side, channels[-1]) for images, else (channels[-1],).
+
+    Raises:
+        ValueError: no network is defined for this observation shape, or `channels` has the wrong length.
+    """
+    if len(obs_shape) == 1:
+        if len(channels) != 2:
+            raise ValueError(f"vector observations need 2 layer widths, not {len(channels)}")
+        return (channels[-1],)
+    if len(obs_shape) != 3 or obs_shape[0] != obs_shape[1] or obs_shape[0] not in IMAGE_ENCODERS:
+        sides = ", ".join(f"{side}x{side}" for side in IMAGE_ENCODERS)
+        raise ValueError(f"no network for observations of shape {tuple(obs_shape)}; images must be {sides}")
+    if len(channels) != 3:
+        raise ValueError(f"image observations need 3 channel counts, not {len(channels)}")
+    side = obs_shape[0]
+    for spec in IMAGE_ENCODERS[side]:
+        side = spec.output_size(side)
+    return (side, side, channels[-1])
+
+
+class Encoder(nnx.Module):
+    """phi_o: three convolutions (images) or two linear layers (vectors), each followed by BN? and ReLU."""
+
+    def __init__(self, obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+        encoded_shape(obs_shape, channels)
+        self.is_image = len(obs_shape) == 3
+        sizes = (obs_shape[-1], *channels)
+        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        if self.is_image:
+            specs = IMAGE_ENCODERS[obs_shape[0]]
+            layers = [Conv(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)]
+        else:
+            layers = [Linear({"x": inputs}, outputs, rngs=rngs) for inputs, outputs in pairs]
+        self.layers = nnx.List(layers)
+        self.activations = nnx.List([Activation(size, batch_norm) for size in channels])
+
+    def __call__(self, obs: Array, use_running_average: bool = False) -> Array:
+        """Encodes obs [B, H, W, C] or [B, D] as phi_o [B, F]."""
+        x = obs
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            x = activation(layer(x) if self.is_image else layer(x=x), use_running_average)
+        return x.reshape(x.shape[0], -1)
+
+
+class ImageDecoder(nnx.Module):
+    """Three transposed convolutions mirroring the encoder; BN? and ReLU between them, nothing after the last.
+
+    The logits it returns stay in the block order of the last layer: nobody but a viewer needs the pixels in order.
+    """
+
+    def __init__(self, obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+        self.input_shape = encoded_shape(obs_shape, channels)
+        specs = IMAGE_ENCODERS[obs_shape[0]][::-1]
+        sizes = (*channels[::-1], obs_shape[-1])
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.layers = nnx.List(
+            [ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)]
+        )
+        self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
+
+    def __call__(self, features: Array, use_running_average: bool = False) -> Array:
+        """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on."""
+        x = features.reshape(-1, *self.input_shape)
+        for layer, activation in zip(self.layers[:-1], self.activations, strict=True):
+            x = activation(layer(x), use_running_average)
+        return self.layers[-1].blocks(x)
+
+    def to_blocks(self, images: Array) -> tuple[Array, Array | None]:
+        """Puts images [N, H, W, C] in the order of the logits; the second value masks the border (None without one)."""
+        spec = self.layers[-1].spec
+        p = spec.padding
+        if not p:
+            return space_to_depth(images, spec.stride), None
+        pad = ((0, 0), (p, p), (p, p), (0, 0))
+        mask = jnp.pad(jnp.ones_like(images[:1]), pad)
+        return space_to_depth(jnp.pad(images, pad), spec.stride), space_to_depth(mask, spec.stride)
+
+    def to_images(self, logits: Array) -> Array:
+        """Puts logits [N, h, w, s*s*C] back in pixel order: [N, H, W, C]."""
+        last = self.layers[-1]
+        return last.crop(depth_to_space(logits, last.spec.stride))
+
+
+class VectorDecoder(nnx.Module):
+    """One linear layer with BN? and ReLU, then a diagonal normal's mean and variance."""
+
+    def __init__(self, obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+        self.hidden = Linear({"x": channels[-1]}, channels[0], rngs=rngs)
+        self.activation = Activation(channels[0], batch_norm)
+        self.head = Normal(channels[0], obs_shape[0], rngs=rngs)
+
+    def __call__(self, features: Array, use_running_average: bool = False) -> tuple[Array, Array]:
+        """Decodes features [N, F] into (mean, variance), each [N, D]."""
+        return self.head(self.activation(self.hidden(x=features), use_running_average))
+
+
+def make_decoder(obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+    """Returns the decoder for observations of this shape: `ImageDecoder` or `VectorDecoder`."""
+    kind = ImageDecoder if len(obs_shape) == 3 else VectorDecoder
+    return kind(obs_shape, channels, batch_norm, rngs=rngs)
+
+
+def count_parameters(params: nnx.State) -> int:
+    """Total number of scalars in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

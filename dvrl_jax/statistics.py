@@ -1,0 +1,110 @@
+"""Running statistics kept on the device as part of the training state: finished episodes and averaged metrics."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvrl_jax.envs.base import EnvState
+
+Array = jax.Array
+
+RESULT_WINDOW = 100  # How many of the last finished episodes `result.*` summarises.
+
+
+class EpisodeStatistics(NamedTuple):
+    """Returns of the episodes under way and of the last `RESULT_WINDOW` finished ones.
+
+    Attributes:
+        clipped, length: [B] reward (as learned from) and number of transitions of the episode under way.
+        true: [B] unclipped return of the game under way (several episodes, where a life is an episode).
+        finished: [RESULT_WINDOW] clipped returns of finished episodes, a ring. lengths: [RESULT_WINDOW] their lengths.
+        num_finished: how many episodes finished since the start of training.
+        finished_true: [RESULT_WINDOW] true returns of finished games, a ring. num_finished_true: how many.
+    """
+
+    clipped: Array
+    length: Array
+    true: Array
+    finished: Array
+    lengths: Array
+    num_finished: Array
+    finished_true: Array
+    num_finished_true: Array
+
+    @classmethod
+    def empty(cls, num_envs: int) -> "EpisodeStatistics":
+        zeros, ring, none = jnp.zeros(num_envs), jnp.zeros(RESULT_WINDOW), jnp.zeros((), jnp.int32)
+        return cls(zeros, zeros, zeros, ring, ring, none, ring, none)
+
+    def restart(self) -> "EpisodeStatistics":
+        """Forgets the episodes under way, as when the environments start anew; finished ones stay."""
+        zeros = jnp.zeros_like(self.clipped)
+        return self._replace(clipped=zeros, length=zeros, true=zeros)
+
+    def add(self, env: EnvState) -> "EpisodeStatistics":
+        """Takes in a segment: `env` holds arrays [T, B]. Calls that were no transition change nothing."""
+
+        def step(running, x):
+            clipped, length, true = running
+            clipped, true = clipped + x.reward, true + x.true_reward
+            length = length + x.transition
+            outputs = (clipped, length, true)
+            clipped, length = (jnp.where(x.done, 0.0, y) for y in (clipped, length))
+            return (clipped, length, jnp.where(x.game_over, 0.0, true)), outputs
+
+        running, (clipped, length, true) = jax.lax.scan(step, (self.clipped, self.length, self.true), env)
+        places, num_finished = _ring_places(self.num_finished, env.done)
+        places_true, num_finished_true = _ring_places(self.num_finished_true, env.game_over)
+        return EpisodeStatistics(
+            *running,
+            finished=self.finished.at[places].set(clipped.ravel(), mode="drop"),
+            lengths=self.lengths.at[places].set(length.ravel(), mode="drop"),
+            num_finished=num_finished,
+            finished_true=self.finished_true.at[places_true].set(true.ravel(), mode="drop"),
+            num_finished_true=num_finished_true,
+        )
+
+    def summary(self) -> dict[str, float | int | None]:
+        """The `result.*` and `episodes.*` metrics as plain numbers; None before any episode has finished."""
+        clipped = np.asarray(self.finished)[: int(self.num_finished)]
+        true = np.asarray(self.finished_true)[: int(self.num_finished_true)]
+        lengths = np.asarray(self.lengths)[: int(self.num_finished)]
+        reduce = {"mean": np.mean, "median": np.median, "min": np.min, "max": np.max}
+        result = {"result.true": float(np.mean(true, dtype=np.float64)) if true.size else None}
+        for name, function in reduce.items():
+            result[f"result.{name}"] = float(function(clipped)) if clipped.size else None
+        result["episodes.num_ended"] = int(self.num_finished)
+        result["episodes.length"] = float(np.mean(lengths)) if lengths.size else None
+        return result
+
+
+def _ring_places(count: Array, finished: Array) -> tuple[Array, Array]:
+    """Places [T*B] in a ring that holds `count` so far for the `finished` [T, B]; out of range where not finished."""
+    finished = finished.ravel()
+    order = count + jnp.cumsum(finished, dtype=jnp.int32) - 1
+    # Of more than a ring's worth at once, only the last may write: scatters in unspecified order must not collide.
+    total = count + jnp.sum(finished, dtype=jnp.int32)
+    kept = finished & (order >= total - RESULT_WINDOW)
+    return jnp.where(kept, order % RESULT_WINDOW, RESULT_WINDOW), total
+
+
+class Metrics(NamedTuple):
+    """Sums of scalar metrics over `count` updates since the last log line."""
+
+    sums: dict[str, Array]
+    count: Array
+
+    @classmethod
+    def empty(cls, names: Iterable[str]) -> "Metrics":
+        return cls({name: jnp.zeros(()) for name in names}, jnp.zeros((), jnp.int32))
+
+    def add(self, values: dict[str, Array]) -> "Metrics":
+        return Metrics({name: total + values[name] for name, total in self.sums.items()}, self.count + 1)
+
+    def means(self) -> dict[str, float]:
+        """Averages as plain numbers."""
+        count = max(int(self.count), 1)
+        return {name: float(total) / count for name, total in sorted(self.sums.items())}
