@@ -1,0 +1,153 @@
+"""Checking, comparing and storing configurations. What the fields mean is said in `configs/default.py`."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dvrl_jax import networks
+from dvrl_jax.agents import AGENTS
+
+# Fields that may change when a run is resumed: they do not touch what is learned.
+CHANGEABLE = ("total_env_steps", "log.", "checkpoint.")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be trained; the message is one sentence that names the field."""
+
+
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration by their dotted names."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            fields |= flatten(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def is_changeable(field: str) -> bool:
+    """Whether a field may differ between the parts of one run."""
+    return field.startswith(CHANGEABLE)
+
+
+def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `default` with other values (by dotted name, as read from JSON).
+
+    Raises:
+        ConfigError: a field is unknown or its value has the wrong type.
+    """
+    known = flatten(default)
+    config = default.copy_and_resolve_references()
+    for field, value in values.items():
+        if field not in known:
+            raise ConfigError(f"{field}: there is no such field{_suggestion(field, known)}")
+        if isinstance(known[field], tuple) and isinstance(value, list):
+            value = tuple(value)
+        if not _same_type(known[field], value):
+            raise ConfigError(f"{field} = {value!r}: must be of type {type(known[field]).__name__}")
+        config.update_from_flattened_dict({field: float(value) if isinstance(known[field], float) else value})
+    return config
+
+
+def _same_type(reference: Any, value: Any) -> bool:
+    if isinstance(reference, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(reference) is type(value)
+
+
+def _suggestion(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def observation_shape(config: ConfigDict) -> tuple[int, ...]:
+    """Shape of the observations that the configured environment gives, without making it."""
+    return (2,) if config.env.name == "MountainHike" else (84, 84, 1)
+
+
+def finalise(config: ConfigDict) -> ConfigDict:
+    """Checks a configuration and settles what follows from other fields.
+
+    Returns a copy in which `model.resample` is off where the ELBO has no weight.
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    config = config.copy_and_resolve_references()
+    _check(config)
+    if config.loss.encoding_coef == 0:
+        config.model.resample = False
+    return config
+
+
+def _check(c: ConfigDict) -> None:
+    fields = flatten(c)
+
+    def require(field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"{field} = {fields[field]!r}: must be {rule}")
+
+    for field, value in fields.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            require(field, False, "a finite number")
+    require("algorithm", c.algorithm in AGENTS, f"one of {', '.join(sorted(AGENTS))}")
+    for field in ("total_env_steps", "num_envs", "num_steps", "bptt_segments", "env.frame_skip", "model.h_dim"):
+        require(field, fields[field] >= 1, "at least 1")
+    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep"):
+        require(field, fields[field] >= 1, "at least 1")
+    for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "env.observation_std"):
+        require(field, fields[field] >= 0, "at least 0")
+    for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
+        require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
+    require("seed", 0 <= c.seed < 2**31, "between 0 and 2147483647")
+    require("total_env_steps", c.total_env_steps < 2**32, "less than 2**32")
+    require("env.p_blank", 0 <= c.env.p_blank <= 1, "a probability, between 0 and 1")
+    require("loss.gamma", 0 <= c.loss.gamma <= 1, "between 0 and 1")
+    require("optimizer.name", c.optimizer.name in ("rmsprop", "adam"), "rmsprop or adam")
+    for field in ("learning_rate", "eps", "max_grad_norm"):
+        require(f"optimizer.{field}", fields[f"optimizer.{field}"] > 0, "greater than 0")
+    require("optimizer.alpha", 0 <= c.optimizer.alpha < 1, "at least 0 and less than 1")
+    betas = c.optimizer.betas
+    valid_betas = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    require("optimizer.betas", valid_betas, "two numbers, each at least 0 and less than 1")
+    channels = c.model.channels
+    require("model.channels", all(isinstance(n, int) and n >= 1 for n in channels), "whole numbers, at least 1")
+    if c.algorithm == "rnn":
+        require("loss.encoding_coef", c.loss.encoding_coef == 0 or c.model.obs_loss_coef > 0, _RNN_ENCODING)
+    if c.model.batch_norm or c.model.policy_batch_norm:
+        require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
+    if c.env.name != "MountainHike":
+        from dvrl_jax.envs.atari import game_names
+
+        games = game_names()
+        close = _suggestion(c.env.name, ["MountainHike", *games])
+        require("env.name", c.env.name in games, f"MountainHike or an Atari game that EnvPool has{close}")
+    try:
+        networks.encoded_shape(observation_shape(c), channels)
+    except ValueError as error:
+        raise ConfigError(f"model.channels = {channels!r}: {error} (env.name is {c.env.name})") from None
+
+
+_RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
+
+
+def to_json(config: ConfigDict) -> str:
+    """A configuration as JSON text, one field a line, by dotted names."""
+    return json.dumps(flatten(config), indent=2) + "\n"
+
+
+def describe(config: ConfigDict, default: ConfigDict) -> str:
+    """The whole configuration, a field a line; a star marks what differs from the defaults."""
+    fields, defaults = flatten(config), flatten(default)
+    width = max(map(len, fields))
+    lines = []
+    for field, value in fields.items():
+        changed = defaults.get(field) != value
+        note = f"   (default {defaults.get(field)})" if changed else ""
+        lines.append(f"{'*' if changed else ' '} {field:{width}} = {value}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""A run's directory: its number, its lock, `config.json` and `metrics.jsonl`.
+
+    saved_runs/7/config.json      the configuration, field by field
+    saved_runs/7/metrics.jsonl    one JSON object per log line
+    saved_runs/7/checkpoints/     see `dvrl_jax.checkpoints`
+
+Everything read back is JSON or arrays; nothing in a run directory is ever executed or unpickled.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SAVED_RUNS = Path("saved_runs")
+
+
+class RunError(RuntimeError):
+    """A run directory that cannot be used; the message is one sentence that names the file."""
+
+
+def next_directory(root: Path = SAVED_RUNS) -> Path:
+    """Creates and returns `root/<next number>`; safe against other processes doing the same."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (root / str(number)).mkdir()
+            return root / str(number)
+        except FileExistsError:
+            continue
+
+
+class RunDirectory:
+    """One run's files. Holds an exclusive lock on the directory until closed or until the process ends."""
+
+    def __init__(self, path: Path):
+        """Opens or creates the directory.
+
+        Raises:
+            RunError: it cannot be written, is in use by another process, or holds something else.
+        """
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write there ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.path}: another process is training in this directory") from None
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        if self.metrics_path.exists() and not self.config_path.exists():
+            raise RunError(f"{self.path}: has metrics.jsonl but no config.json, so it is not a run to continue")
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The stored configuration by dotted names; None if there is none yet.
+
+        Raises:
+            RunError: config.json is not readable as one.
+        """
+        return read_config(self.path)
+
+    def write_config(self, text: str) -> None:
+        _replace(self.config_path, text)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl and waits until it is on disk. Numbers that are not finite become null."""
+        finite = {name: _finite(value) for name, value in line.items()}
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind_metrics(self, update: int, continues: bool) -> None:
+        """Drops what will be written again when training goes on from `update`.
+
+        That is: lines of later updates, an incomplete last line, and, if training `continues`, the line that an
+        earlier end wrote between two regular ones.
+        """
+        if not self.metrics_path.exists():
+            return
+        lines = read_metrics(self.path)
+        kept = [x for x in lines if x["update"] <= update and not (continues and x.get("final", False))]
+        _replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The configuration stored in a run directory, by dotted names; None if there is none."""
+    path = Path(path) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: not a readable configuration ({error})") from None
+    if not isinstance(fields, dict):
+        raise RunError(f"{path}: not a readable configuration (expected a JSON object)")
+    return fields
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a run directory's metrics.jsonl; a last line cut short is left out.
+
+    Raises:
+        RunError: a line before the last is damaged.
+    """
+    path = Path(path) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    result = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            result.append(json.loads(line))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            if number < len(lines):
+                raise RunError(f"{path}: line {number} is damaged") from None
+    return result
+
+
+def column(lines: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    """One metric over all lines, NaN where it is null or absent."""
+    return [math.nan if line.get(name) is None else line[name] for line in lines]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file in one step: whoever reads it sees the old or the new content, whole."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

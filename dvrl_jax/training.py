@@ -1,0 +1,194 @@
+"""Training from the outside: run directory, log lines, checkpoints, signals. The mathematics is in `a2c.py`."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dvrl_jax import a2c, checkpoints, config as config_lib, envs, networks, reporting, runs
+
+# A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
+# signals are answered.
+MAX_CALL_SECONDS = 10.0
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after saving a checkpoint; `signum` says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
+    """The configuration to train with in this directory.
+
+    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
+
+    Raises:
+        ConfigError: impossible values, or an override that contradicts the run.
+    """
+    stored = run.read_config()
+    if stored is None:
+        if given is None:
+            raise config_lib.ConfigError("--config: is needed to start a new run")
+        return config_lib.finalise(given)
+    try:
+        config = config_lib.merge(default, stored)
+    except config_lib.ConfigError as error:
+        raise runs.RunError(f"{run.config_path}: {error}") from None
+    wanted = dict(overrides)
+    if given is not None:
+        # A configuration file for something else is a mistake, whatever else it sets.
+        wanted |= {"algorithm": given.algorithm, "env.name": given.env.name}
+    fields = config_lib.flatten(config)
+    for field, value in wanted.items():
+        if fields[field] != value and not config_lib.is_changeable(field):
+            raise config_lib.ConfigError(
+                f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields[field]!r}"
+            )
+    return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
+
+
+def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict) -> a2c.TrainState:
+    """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
+
+    Returns the final state.
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        RunError: the directory's content does not fit.
+    """
+    env = envs.make_env(config.env, config.num_envs, config.seed)
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(config.seed))
+    saver = checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)
+    _describe(run, config, default, state)
+    seconds = 0.0
+    if saver.latest is not None:
+        restored = saver.restore(state)
+        state, seconds = restored.state, restored.extra["seconds"]
+        if not restored.has_episodes:
+            state = learner.restart(state, state.actor.env)
+    remaining = config.total_env_steps - int(state.env_steps)
+    run.rewind_metrics(int(state.update), continues=remaining > 0)
+    run.write_config(config_lib.to_json(config))
+    if int(state.update) > 0:
+        print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
+    if remaining <= 0:
+        print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
+        return state
+    try:
+        return _Loop(run, config, learner, saver, env.restorable, seconds).run(state)
+    finally:
+        saver.close()
+
+
+def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
+    print(config_lib.describe(config, default))
+    device = jax.devices()[0]
+    print(f"\nrun {run.path.name} in {run.path}")
+    print(f"{networks.count_parameters(state.params):,} parameters, on {device.platform} ({device.device_kind})")
+    print(flush=True)
+
+
+class _Loop:
+    """Calls the compiled program, and writes log lines and checkpoints between the calls."""
+
+    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, seconds: float):
+        self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
+        self.program = jax.jit(learner.run, donate_argnums=0)
+        self.seconds_before, self.start = seconds, time.monotonic()
+        self.signum: int | None = None
+        self.line_steps, self.line_seconds = 0, 0.0
+
+    def run(self, state: a2c.TrainState) -> a2c.TrainState:
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
+        try:
+            return self._run(state, progress)
+        finally:
+            progress.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, signum, frame) -> None:
+        del frame
+        self.signum = signum
+
+    def _run(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
+        began = time.monotonic()
+        # Compile ahead, so that compile time is known as such and no step is taken by it.
+        program = self.program.lower(state, jnp.int32(1)).compile()
+        progress.say(f"compiled in {time.monotonic() - began:.1f} s")
+        progress.restart_clock()
+        limit = 1  # Updates per call; grows to what MAX_CALL_SECONDS allow.
+        self.line_steps = int(state.env_steps)
+        while (remaining := self._remaining_updates(state)) > 0 and self.signum is None:
+            update = int(state.update)
+            count = min(remaining, limit, *(every - update % every for every in self._intervals()))
+            began = time.monotonic()
+            state = jax.block_until_ready(program(state, jnp.int32(count)))
+            elapsed = time.monotonic() - began
+            self.line_seconds += elapsed
+            limit = max(1, min(2 * limit, int(MAX_CALL_SECONDS * count / elapsed)))
+            state = self._after_call(state, progress)
+        if self.signum is not None:
+            self._save(state)
+            self.saver.wait()
+            progress.say(f"stopped by {signal.Signals(self.signum).name}; checkpoint at update {int(state.update):,}")
+            raise Interrupted(self.signum)
+        self.saver.wait()
+        return state
+
+    def _intervals(self) -> list[int]:
+        return [every for every in (self.config.log.interval, self.config.checkpoint.interval) if every > 0]
+
+    def _remaining_updates(self, state: a2c.TrainState) -> int:
+        steps = self.config.total_env_steps - int(state.env_steps)
+        return -(-steps // (self.config.num_envs * self.config.num_steps))
+
+    def _after_call(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
+        update, steps = int(state.update), int(state.env_steps)
+        results = state.episodes.summary()
+        metrics = state.metrics.means()
+        is_end = self._remaining_updates(state) <= 0
+        is_line = update % self.config.log.interval == 0
+        if is_line or is_end:
+            line = {"update": update, "env_steps": steps, "seconds": round(self._seconds(), 3)}
+            line |= results | metrics
+            line["obs.fps"] = (steps - self.line_steps) / max(self.line_seconds, 1e-9)
+            if not is_line:
+                line["final"] = True
+            self.run_directory.append_metrics(line)
+            self.line_steps, self.line_seconds = steps, 0.0
+        progress.advance(steps, results["result.true"], metrics["loss.total"], is_line or is_end)
+        if is_line:
+            state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+        every = self.config.checkpoint.interval
+        if is_end or (every and update % every == 0):
+            self._save(state)
+        return state
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    def _save(self, state: a2c.TrainState) -> None:
+        extra = {"seconds": self._seconds()}
+        self.saver.save(state, self.with_episodes, state.episodes.summary()["result.true"], extra)
+
+
+def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
+    """Checks everything that can be checked before anything is written, then opens the run directory.
+
+    Returns (run directory, configuration).
+    """
+    if config is not None:
+        config_lib.finalise(config)
+    elif workdir is None:
+        raise config_lib.ConfigError("--config: is needed to start a new run")
+    run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)
+    return run, resolve_config(run, config, overrides, default)
