@@ -33,14 +33,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, read_only: bool = False):
         """Keeps the last `keep` checkpoints and the one with the highest `result.true`."""
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["result.true"], n=1),
-            ]
-        )
+        best = preservation_policy.BestN(get_metric_fn=_result, n=1)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+            preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
+            best_fn=_result,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -49,6 +48,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Update number of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """Update number of the checkpoint with the highest `result.true`, None if there is none."""
+        return self._manager.best_step()
 
     def save(self, state: TrainState, with_episodes: bool, result: float | None, extra: dict[str, Any]) -> None:
         """Starts saving; the arrays are copied before it returns, writing goes on in the background.
@@ -100,6 +104,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _result(metrics: dict[str, float]) -> float:
+    return metrics["result.true"]
 
 
 def _named_leaves(state: TrainState, with_episodes: bool) -> dict[str, jax.Array]:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,6 +35,14 @@ def is_changeable(field: str) -> bool:
     return field.startswith(CHANGEABLE)
 
 
+def check_fields(names: Iterable[str], default: ConfigDict) -> None:
+    """Raises ConfigError if one of the dotted names is no field, or a whole group, of a configuration."""
+    known = flatten(default)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name}: there is no such field{_suggestion(name, known)}")
+
+
 def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """A copy of `default` with other values (by dotted name, as read from JSON).
 
@@ -42,10 +50,9 @@ def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
         ConfigError: a field is unknown or its value has the wrong type.
     """
     known = flatten(default)
+    check_fields(values, default)
     config = default.copy_and_resolve_references()
     for field, value in values.items():
-        if field not in known:
-            raise ConfigError(f"{field}: there is no such field{_suggestion(field, known)}")
         if isinstance(known[field], tuple) and isinstance(value, list):
             value = tuple(value)
         if not _same_type(known[field], value):

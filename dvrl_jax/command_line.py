@@ -1,0 +1,73 @@
+"""Command lines with `--config=FILE` and `--config.group.field=value`: flags, parsing, errors in one sentence."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import default
+from dvrl_jax.config import ConfigError, check_fields
+
+USAGE_ERROR = 2  # Exit code for everything that the user can put right.
+
+FLAGS = flags.FLAGS
+
+
+def define_config(required: bool = False) -> None:
+    """Defines `--config`."""
+    config_flags.DEFINE_config_file("config", None, "Configuration file, for example configs/pong_dvrl.py.")
+    if required:
+        flags.mark_flag_as_required("config")
+
+
+def config_and_overrides():
+    """The configuration given on the command line (None without one) and its explicit overrides by dotted name."""
+    if FLAGS.config is None:
+        return None, {}
+    return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
+
+
+def run(main: Callable[[], int]) -> None:
+    """Parses the flags and exits with what `main` returns; a mistake of the user's ends in one sentence."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            _check_config_arguments(argv[1:])
+            rest = app.parse_flags_with_usage(argv)
+            if len(rest) > 1:
+                raise ConfigError(f"{rest[1]}: unexpected argument; settings are given as --config.group.field=value")
+            return rest
+        except ConfigError as error:
+            _fail(error)
+
+    def guarded(argv: list[str]) -> int:
+        del argv
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)  # Orbax reports every file that it touches.
+        from dvrl_jax.runs import RunError
+
+        try:
+            return main()
+        except (ConfigError, RunError) as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(error: Exception):
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def _check_config_arguments(arguments: list[str]) -> None:
+    """Names a configuration file that is not there, or a field that does not exist, before the flags are parsed."""
+    fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
+    check_fields(fields, default.get_config())
+    for argument in arguments:
+        if match := re.match(r"--?config=([^:]*)", argument):
+            if not Path(match[1]).is_file():
+                available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
+                raise ConfigError(f"--config: there is no file {match[1]!r} (in configs/: {available or 'nothing'})")

@@ -1,0 +1,338 @@
+"""Layers against XLA's own convolutions and NumPy transcriptions; initialisation; the number of parameters."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import mountain_hike_dvrl, pong_dvrl
+from dvrl_jax import networks
+from dvrl_jax.a2c import make_agent
+from dvrl_jax.envs import ActionSpec, ObservationSpec
+from dvrl_jax.networks import IMAGE_ENCODERS, ConvSpec
+
+CHANNELS, FEATURES, BATCH = 3, 5, 2
+
+
+def image_layers():
+    """(convolution, its input's side) for every layer of every image encoder."""
+    for side, specs in IMAGE_ENCODERS.items():
+        for spec in specs:
+            yield pytest.param(spec, side, id=f"{side}-{spec.kernel}_{spec.stride}_{spec.padding}")
+            side = spec.output_size(side)
+
+
+def normals(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def stand_in(obs_shape, dtype, discrete, size):
+    """What networks need to know of an environment."""
+    return SimpleNamespace(observation=ObservationSpec(obs_shape, dtype), action=ActionSpec(discrete, size))
+
+
+# --- Convolutions ----------------------------------------------------------------------------------------------------
+
+
+def conv_reference(x, kernel, spec):
+    """Strided cross-correlation, by XLA."""
+    padding = [(spec.padding, spec.padding)] * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (spec.stride, spec.stride), padding, dimension_numbers=layout)
+
+
+def conv_transpose_reference(x, kernel, spec):
+    """Transposed convolution as PyTorch defines it: a correlation of the dilated input with the flipped kernel."""
+    flipped = kernel.transpose(1, 2, 0, 3)[::-1, ::-1]
+    border = spec.kernel - 1 - spec.padding
+    return jax.lax.conv_general_dilated(
+        x,
+        flipped,
+        (1, 1),
+        [(border, border)] * 2,
+        lhs_dilation=(spec.stride, spec.stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def assert_same_function(function, reference, x, kernel):
+    """Equal values and equal gradients for both arguments, in double precision."""
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(x, jnp.float64), jnp.asarray(kernel, jnp.float64)
+        expected, reference_vjp = jax.vjp(reference, x, kernel)
+        actual, vjp = jax.vjp(function, x, kernel)
+        assert actual.shape == expected.shape
+        np.testing.assert_allclose(actual, expected, atol=1e-10)
+        cotangent = jnp.asarray(normals(7, *expected.shape))
+        for gradient, expected_gradient in zip(vjp(cotangent), reference_vjp(cotangent), strict=True):
+            assert np.max(np.abs(expected_gradient)) > 0.1
+            np.testing.assert_allclose(gradient, expected_gradient, atol=1e-10)
+
+
+@pytest.mark.parametrize("spec, side", image_layers())
+def test_conv_is_a_strided_convolution(spec, side):
+    x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, spec.kernel, spec.kernel, CHANNELS, FEATURES)
+    assert_same_function(
+        lambda x, kernel: networks.conv(x, kernel, spec),
+        lambda x, kernel: conv_reference(x, kernel, spec),
+        x,
+        kernel,
+    )
+
+
+@pytest.mark.parametrize("side", [21, 22, 23])
+def test_conv_leaves_out_pixels_that_no_kernel_position_covers(side):
+    spec = ConvSpec(8, 4)
+    x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, 8, 8, CHANNELS, FEATURES)
+    with jax.enable_x64(True):
+        expected = conv_reference(jnp.asarray(x), jnp.asarray(kernel), spec)
+        np.testing.assert_allclose(networks.conv(jnp.asarray(x), jnp.asarray(kernel), spec), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("spec, side", image_layers())
+def test_conv_transpose_is_a_transposed_convolution(spec, side):
+    layer = nnx.eval_shape(lambda: networks.ConvTranspose(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(0)))
+    small = spec.output_size(side)
+    x, kernel = normals(3, BATCH, small, small, CHANNELS), normals(4, CHANNELS, spec.kernel, spec.kernel, FEATURES)
+
+    def image(x, kernel):
+        return layer.crop(networks.depth_to_space(networks.conv_transpose_blocks(x, kernel, spec), spec.stride))
+
+    assert_same_function(image, lambda x, kernel: conv_transpose_reference(x, kernel, spec), x, kernel)
+    assert image(jnp.asarray(x), jnp.asarray(kernel)).shape == (BATCH, side, side, FEATURES)
+
+
+@pytest.mark.parametrize("spec", [ConvSpec(8, 4), ConvSpec(4, 2, 1), ConvSpec(3, 1)])
+def test_layers_add_their_bias_to_every_pixel(spec):
+    conv = networks.Conv(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(0))
+    transposed = networks.ConvTranspose(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(1))
+    for layer, reference in ((conv, conv_reference), (transposed, conv_transpose_reference)):
+        layer.bias[...] = jnp.arange(1.0, FEATURES + 1)
+        x = jnp.asarray(normals(5, BATCH, 8, 8, CHANNELS), jnp.float32)
+        expected = reference(x, layer.kernel[...], spec) + np.arange(1.0, FEATURES + 1)
+        np.testing.assert_allclose(layer(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_depth_to_space_undoes_space_to_depth(block):
+    x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
+    blocks = np.asarray(networks.space_to_depth(jnp.asarray(x), block))
+    assert blocks.shape == (2, 8 // block, 12 // block, block * block * 3)
+    np.testing.assert_array_equal(blocks[1, 1, 2], x[1, block : 2 * block, 2 * block : 3 * block].ravel())
+    np.testing.assert_array_equal(networks.depth_to_space(jnp.asarray(blocks), block), x)
+
+
+@pytest.mark.parametrize("side", IMAGE_ENCODERS)
+def test_decoder_puts_logits_and_targets_in_the_same_order(side):
+    """Pixels that `to_blocks` does not mask out are the image's, each once, where `to_images` finds the logits."""
+    decoder = networks.ImageDecoder((side, side, 2), (3, 4, 5), True, rngs=nnx.Rngs(0))
+    images = jnp.asarray(normals(6, 2, side, side, 2), jnp.float32)
+    blocks, mask = decoder.to_blocks(images)
+    np.testing.assert_array_equal(decoder.to_images(blocks), images)
+    features = 1
+    for size in networks.encoded_shape((side, side, 2), (3, 4, 5)):
+        features *= size
+    assert decoder(jnp.zeros((2, features))).shape == blocks.shape
+    assert (blocks.size if mask is None else 2 * int(np.sum(mask))) == images.size
+    if mask is not None:
+        np.testing.assert_allclose(np.sum(blocks * mask), np.sum(images), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "obs_shape, channels, expected",
+    [
+        ((84, 84, 1), (32, 64, 32), (7, 7, 32)),
+        ((32, 32, 3), (32, 64, 16), (3, 3, 16)),
+        ((16, 16, 1), (32, 64, 8), (1, 1, 8)),
+        ((2,), (64, 48), (48,)),
+    ],
+)
+def test_encoded_shape(obs_shape, channels, expected):
+    assert networks.encoded_shape(obs_shape, channels) == expected
+    encoder = networks.Encoder(obs_shape, channels, True, rngs=nnx.Rngs(0))
+    assert encoder(jnp.ones((2, *obs_shape))).shape == (2, np.prod(expected))
+
+
+@pytest.mark.parametrize("obs_shape, channels", [((84, 80, 1), (1, 2, 3)), ((64, 64, 1), (1, 2, 3)), ((84, 84, 1), (1, 2)), ((2,), (1, 2, 3))])
+def test_observations_without_a_network_are_refused(obs_shape, channels):
+    with pytest.raises(ValueError):
+        networks.encoded_shape(obs_shape, channels)
+
+
+# --- Linear, GRU, batch norm -----------------------------------------------------------------------------------------
+
+
+def test_linear_on_blocks_is_linear_on_their_concatenation():
+    layer = networks.Linear({"a": 3, "b": 4}, 6, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(6.0)
+    a, b = normals(1, 5, 1, 3), normals(2, 5, 7, 4)  # `a` is shared by seven particles.
+    kernel = np.concatenate([layer.kernel["a"][...], layer.kernel["b"][...]])
+    expected = np.concatenate([np.broadcast_to(a, (5, 7, 3)), b], axis=-1) @ kernel + np.arange(6.0)
+    np.testing.assert_allclose(layer(a=a, b=b), expected, atol=1e-5)
+    np.testing.assert_allclose(layer.product(a=a) + layer(b=b), expected, atol=1e-5)
+
+
+def test_gru_cell_is_pytorchs():
+    """r, z, n in this order, both bias vectors, and the reset gate applied after W_hn h + b_hn."""
+    hidden = 6
+    cell = networks.GRUCell({"a": 3, "b": 2}, hidden, uniform=True, rngs=nnx.Rngs(0))
+    a, b, h = normals(1, 4, 3), normals(2, 4, 2), normals(3, 4, hidden)
+    x = np.concatenate([a, b], axis=-1)
+    w_i = np.concatenate([cell.kernel_i["a"][...], cell.kernel_i["b"][...]]).astype(np.float64).T
+    w_h, b_i, b_h = (np.asarray(p[...], np.float64) for p in (cell.kernel_h, cell.bias_i, cell.bias_h))
+    w_ir, w_iz, w_in = w_i[:hidden], w_i[hidden : 2 * hidden], w_i[2 * hidden :]
+    w_hr, w_hz, w_hn = w_h.T[:hidden], w_h.T[hidden : 2 * hidden], w_h.T[2 * hidden :]
+    (b_ir, b_iz, b_in), (b_hr, b_hz, b_hn) = np.split(b_i, 3), np.split(b_h, 3)
+    expected = np.zeros((4, hidden))
+    for i in range(4):
+        r = 1 / (1 + np.exp(-(w_ir @ x[i] + b_ir + w_hr @ h[i] + b_hr)))
+        z = 1 / (1 + np.exp(-(w_iz @ x[i] + b_iz + w_hz @ h[i] + b_hz)))
+        n = np.tanh(w_in @ x[i] + b_in + r * (w_hn @ h[i] + b_hn))
+        expected[i] = (1 - z) * n + z * h[i]
+    np.testing.assert_allclose(cell(jnp.asarray(h), cell.product(a=a, b=b)), expected, atol=1e-6)
+
+
+@pytest.fixture
+def norm():
+    norm = networks.BatchNorm(3)
+    norm.scale[...], norm.bias[...] = jnp.array([1.0, 2.0, -0.5]), jnp.array([0.0, 1.0, 3.0])
+    return norm
+
+
+def batch(seed):
+    """Numbers [8, 5, 3] with another mean and deviation in every channel."""
+    return normals(seed, 8, 5, 3) * [1.0, 0.3, 4.0] + [0.0, 2.0, -5.0]
+
+
+def test_batch_norm_uses_the_batchs_mean_and_biased_variance(norm):
+    x = batch(1)
+    mean, var = x.mean(axis=(0, 1)), x.var(axis=(0, 1))
+    expected = (x - mean) / np.sqrt(var + 1e-5) * [1.0, 2.0, -0.5] + [0.0, 1.0, 3.0]
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, atol=1e-4)
+
+
+def test_batch_norm_moves_its_averages_by_a_tenth_with_the_unbiased_variance(norm):
+    x, y = batch(1), batch(2)
+    norm(jnp.asarray(x, jnp.float32))
+    mean, var = 0.1 * x.mean(axis=(0, 1)), 0.9 + 0.1 * x.reshape(-1, 3).var(axis=0, ddof=1)
+    np.testing.assert_allclose(norm.mean[...], mean, atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-5)
+    norm(jnp.asarray(y, jnp.float32))
+    np.testing.assert_allclose(norm.mean[...], 0.9 * mean + 0.1 * y.mean(axis=(0, 1)), atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], 0.9 * var + 0.1 * y.reshape(-1, 3).var(axis=0, ddof=1), rtol=1e-5)
+
+
+def test_batch_norm_with_running_averages_uses_and_keeps_them(norm):
+    norm.mean[...], norm.var[...] = jnp.array([1.0, -1.0, 0.5]), jnp.array([4.0, 0.25, 9.0])
+    x = batch(1)
+    expected = (x - [1.0, -1.0, 0.5]) / np.sqrt(np.array([4.0, 0.25, 9.0]) + 1e-5) * [1.0, 2.0, -0.5] + [0.0, 1.0, 3.0]
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32), use_running_average=True), expected, atol=1e-4)
+    np.testing.assert_array_equal(norm.mean[...], [1.0, -1.0, 0.5])
+    np.testing.assert_array_equal(norm.var[...], [4.0, 0.25, 9.0])
+
+
+def test_gradient_passes_through_the_batchs_statistics(norm):
+    """With batch statistics a channel's outputs always add up to the same: no gradient. With fixed ones there is."""
+    x = jnp.asarray(batch(1), jnp.float32)
+
+    def gradient(use_running_average):
+        graphdef, state = nnx.split(norm)
+        return jax.grad(lambda x: jnp.sum(nnx.merge(graphdef, state)(x, use_running_average)))(x)
+
+    np.testing.assert_allclose(gradient(False), 0, atol=1e-5)
+    np.testing.assert_allclose(gradient(True), np.broadcast_to([1.0, 2.0, -0.5], x.shape), rtol=1e-4)
+
+
+# --- Initialisation --------------------------------------------------------------------------------------------------
+
+
+def assert_orthogonal(matrix, gain):
+    """The fewer of the rows and columns are orthogonal and have norm `gain`."""
+    matrix = np.asarray(matrix, np.float64)
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    np.testing.assert_allclose(matrix @ matrix.T, gain**2 * np.eye(len(matrix)), atol=1e-5 * gain**2)
+
+
+def rows(kernel):
+    """A kernel's blocks as the one matrix that they are parts of."""
+    return np.concatenate([block[...] for block in kernel.values()])
+
+
+@pytest.mark.parametrize("inputs, features", [({"a": 30, "b": 20}, 40), ({"a": 6, "b": 9}, 40)])
+def test_linear_is_orthogonal_over_all_its_inputs_together(inputs, features):
+    layer = networks.Linear(inputs, features, rngs=nnx.Rngs(0))
+    assert_orthogonal(rows(layer.kernel), np.sqrt(2))
+    np.testing.assert_array_equal(layer.bias[...], np.zeros(features))
+    assert [block.shape for block in layer.kernel.values()] == [(size, features) for size in inputs.values()]
+
+
+@pytest.mark.parametrize("channels, features, spec", [(3, 8, ConvSpec(4, 2)), (1, 32, ConvSpec(4, 2)), (2, 40, ConvSpec(3, 1))])
+def test_convolutions_are_orthogonal_over_features_and_transposed_ones_over_channels(channels, features, spec):
+    conv = networks.Conv(channels, features, spec, rngs=nnx.Rngs(0))
+    assert conv.kernel.shape == (spec.kernel, spec.kernel, channels, features)
+    # PyTorch's (out, in * k * k) up to the order of columns, which does not matter to orthogonality.
+    assert_orthogonal(np.moveaxis(conv.kernel[...], -1, 0).reshape(features, -1), np.sqrt(2))
+    transposed = networks.ConvTranspose(features, channels, spec, rngs=nnx.Rngs(0))
+    assert transposed.kernel.shape == (features, spec.kernel, spec.kernel, channels)
+    assert_orthogonal(np.asarray(transposed.kernel[...]).reshape(features, -1), np.sqrt(2))
+    np.testing.assert_array_equal(conv.bias[...], np.zeros(features))
+    np.testing.assert_array_equal(transposed.bias[...], np.zeros(channels))
+
+
+def test_gru_is_orthogonal_with_gain_one_on_its_full_matrices():
+    cell = networks.GRUCell({"a": 7, "b": 20}, 16, rngs=nnx.Rngs(0))
+    assert_orthogonal(rows(cell.kernel_i), 1.0)
+    assert cell.kernel_h.shape == (16, 48)
+    assert_orthogonal(cell.kernel_h[...], 1.0)
+    np.testing.assert_array_equal(cell.bias_i[...], np.zeros(48))
+    np.testing.assert_array_equal(cell.bias_h[...], np.zeros(48))
+
+
+@pytest.fixture(scope="module")
+def hike_agent():
+    """DVRL for continuous actions and vector observations, with few particles."""
+    c = mountain_hike_dvrl.get_config()
+    return make_agent(c, stand_in((2,), jnp.float32, False, 2), jax.random.key(0))
+
+
+def test_particle_gru_is_uniform(hike_agent):
+    summary, hidden = hike_agent.summary, hike_agent.h_dim
+    bound = 1 / np.sqrt(hidden)
+    for name, x in (
+        ("kernel_i", rows(summary.kernel_i)),
+        ("kernel_h", summary.kernel_h[...]),
+        ("bias_i", summary.bias_i[...]),
+        ("bias_h", summary.bias_h[...]),
+    ):
+        x = np.asarray(x, np.float64).ravel() / bound
+        assert np.max(np.abs(x)) <= 1 + 1e-6, name
+        # A uniform on [-1, 1] has variance 1/3, and its square's variance is 1/5 - 1/9.
+        assert abs(np.mean(x)) < 5 * np.sqrt(1 / 3 / x.size), name
+        assert abs(np.mean(x**2) - 1 / 3) < 5 * np.sqrt((1 / 5 - 1 / 9) / x.size), name
+    assert not np.array_equal(summary.bias_i[...], summary.bias_h[...])
+
+
+def test_belief_gru_and_linear_layers_are_orthogonal_in_the_agent(hike_agent):
+    assert_orthogonal(rows(hike_agent.gru.kernel_i), 1.0)
+    assert_orthogonal(hike_agent.gru.kernel_h[...], 1.0)
+    for name in ("proposal_hidden", "prior_hidden", "emission_hidden", "phi_z", "action_encoder", "value_head"):
+        assert_orthogonal(rows(getattr(hike_agent, name).kernel), np.sqrt(2))
+
+
+def test_continuous_policy_starts_near_zero_with_unit_deviation(hike_agent):
+    assert_orthogonal(rows(hike_agent.policy_head.kernel), 0.01 * np.sqrt(2))
+    np.testing.assert_array_equal(hike_agent.log_std[...], np.zeros(2))
+
+
+def test_every_layer_gets_its_own_draw(hike_agent):
+    assert not np.array_equal(rows(hike_agent.proposal.mean.kernel), rows(hike_agent.proposal.var.kernel))
+    assert not np.array_equal(rows(hike_agent.proposal.mean.kernel), rows(hike_agent.prior.mean.kernel))
+
+
+def test_number_of_parameters_on_pong_is_the_originals():
+    env = stand_in((84, 84, 1), jnp.uint8, True, 6)
+    agent = nnx.eval_shape(lambda: make_agent(pong_dvrl.get_config(), env, jax.random.key(0)))
+    assert networks.count_parameters(nnx.state(agent, nnx.Param)) == 4_336_264
