@@ -285,7 +285,7 @@ def make_learner(config, env: Environment) -> Learner:
 
     def replay(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> Array:
         """The recurrent state after a segment, from the one before it: encoder and transition, nothing else."""
-        encode = lambda *x: agent_of(params, batch_stats).encode(*x)  # noqa: E731
+        encode = lambda *x: agent_of(params, batch_stats).encode(*x)
         inputs = jax.vmap(encode)(segment.obs, segment.prev_action)
 
         def step(h, x):
@@ -327,7 +327,7 @@ def make_learner(config, env: Environment) -> Learner:
         measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
         measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
         measured["obs.avg_nr_observed"] = masked_mean(steps.env.observed.astype(jnp.float32), mask)
-        measured["gradient.norm"] = optax.global_norm(grads)
+        measured["gradient.norm"] = optax.tree.norm(grads)
         return measured
 
     def update(state: TrainState) -> TrainState:
@@ -368,10 +368,14 @@ def make_learner(config, env: Environment) -> Learner:
         state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())
         return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.
 
+    @jax.jit
+    def fresh_weights(key: Array) -> tuple[nnx.State, nnx.State]:
+        return nnx.split(make_agent(config, env, key), nnx.Param, nnx.BatchStat)[1:]
+
     def init(key: Array) -> TrainState:
         """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments."""
         agent_key, env_key, train_key = jax.random.split(key, 3)
-        _, params, batch_stats = nnx.split(make_agent(config, env, agent_key), nnx.Param, nnx.BatchStat)
+        params, batch_stats = fresh_weights(agent_key)
         state = TrainState(
             params=params,
             batch_stats=batch_stats,

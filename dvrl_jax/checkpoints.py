@@ -42,7 +42,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self.directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs import default
 from dvrl_jax.config import ConfigError, check_fields
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
@@ -16,11 +15,9 @@ USAGE_ERROR = 2  # Exit code for everything that the user can put right.
 FLAGS = flags.FLAGS
 
 
-def define_config(required: bool = False) -> None:
+def define_config() -> None:
     """Defines `--config`."""
     config_flags.DEFINE_config_file("config", None, "Configuration file, for example configs/pong_dvrl.py.")
-    if required:
-        flags.mark_flag_as_required("config")
 
 
 def config_and_overrides():
@@ -30,12 +27,15 @@ def config_and_overrides():
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
 
 
-def run(main: Callable[[], int]) -> None:
-    """Parses the flags and exits with what `main` returns; a mistake of the user's ends in one sentence."""
+def run(main: Callable[[], int], default: ConfigDict) -> None:
+    """Parses the flags and exits with what `main` returns; a mistake of the user's ends in one sentence.
+
+    `default` is the configuration that has every field.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            _check_config_arguments(argv[1:])
+            _check_config_arguments(argv[1:], default)
             rest = app.parse_flags_with_usage(argv)
             if len(rest) > 1:
                 raise ConfigError(f"{rest[1]}: unexpected argument; settings are given as --config.group.field=value")
@@ -62,10 +62,10 @@ def _fail(error: Exception):
     sys.exit(USAGE_ERROR)
 
 
-def _check_config_arguments(arguments: list[str]) -> None:
+def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     """Names a configuration file that is not there, or a field that does not exist, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
-    check_fields(fields, default.get_config())
+    check_fields(fields, default)
     for argument in arguments:
         if match := re.match(r"--?config=([^:]*)", argument):
             if not Path(match[1]).is_file():

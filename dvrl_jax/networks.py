@@ -124,7 +124,7 @@ class GRUCell(nnx.Module):
         sizes = {"i": sum(inputs.values()), "h": features}
         if uniform:
             bound = 1.0 / math.sqrt(features)
-            draw = lambda *shape: jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)  # noqa: E731
+            draw = lambda *shape: jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
             kernel_i, kernel_h = (draw(size, 3 * features) for size in sizes.values())
             bias_i, bias_h = draw(3 * features), draw(3 * features)
         else:
@@ -327,9 +327,7 @@ class ImageDecoder(nnx.Module):
         specs = IMAGE_ENCODERS[obs_shape[0]][::-1]
         sizes = (*channels[::-1], obs_shape[-1])
         pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nnx.List(
-            [ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)]
-        )
+        self.layers = nnx.List([ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)])
         self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
 
     def __call__(self, features: Array, use_running_average: bool = False) -> Array:

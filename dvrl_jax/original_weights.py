@@ -135,9 +135,7 @@ def _assignments(agent: Agent, source: _Pending):
     else:
         yield from _gru(agent.gru, source, "gru", "", ["obs", *action], obs=obs_order)
         if agent.obs_loss_coef > 0:
-            yield from _linear(
-                agent.emission_hidden, source, "linear_obs_decoder.0", ["h", *action], out=obs_order
-            )
+            yield from _linear(agent.emission_hidden, source, "linear_obs_decoder.0", ["h", *action], out=obs_order)
             yield from _norm(agent.emission_activation.norm, source, "linear_obs_decoder.1", obs_order)
             yield from _decoder(agent.decoder, source, "decoder")
         # The original makes these layers in any case; here they exist only where they are used.

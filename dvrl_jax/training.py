@@ -1,5 +1,6 @@
 """Training from the outside: run directory, log lines, checkpoints, signals. The mathematics is in `a2c.py`."""
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -65,26 +66,22 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict) -> a2
     env = envs.make_env(config.env, config.num_envs, config.seed)
     learner = a2c.make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(config.seed))
-    saver = checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)
-    _describe(run, config, default, state)
-    seconds = 0.0
-    if saver.latest is not None:
-        restored = saver.restore(state)
-        state, seconds = restored.state, restored.extra["seconds"]
-        if not restored.has_episodes:
-            state = learner.restart(state, state.actor.env)
-    remaining = config.total_env_steps - int(state.env_steps)
-    run.rewind_metrics(int(state.update), continues=remaining > 0)
-    run.write_config(config_lib.to_json(config))
-    if int(state.update) > 0:
-        print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-    if remaining <= 0:
-        print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
-        return state
-    try:
-        return _Loop(run, config, learner, saver, env.restorable, seconds).run(state)
-    finally:
-        saver.close()
+    with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
+        _describe(run, config, default, state)
+        wall_time = 0.0
+        if saver.latest is not None:
+            restored = saver.restore(state)
+            state, wall_time = restored.state, restored.extra["wall_time"]
+            if not restored.has_episodes:
+                state = learner.restart(state, state.actor.env)
+            print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
+        is_finished = int(state.env_steps) >= config.total_env_steps
+        run.rewind_metrics(int(state.update), continues=not is_finished)
+        run.write_config(config_lib.to_json(config))
+        if is_finished:
+            print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
+            return state
+        return _Loop(run, config, learner, saver, env.restorable, wall_time).run(state)
 
 
 def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
@@ -98,10 +95,10 @@ def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, s
 class _Loop:
     """Calls the compiled program, and writes log lines and checkpoints between the calls."""
 
-    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, seconds: float):
+    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.program = jax.jit(learner.run, donate_argnums=0)
-        self.seconds_before, self.start = seconds, time.monotonic()
+        self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
 
@@ -158,7 +155,7 @@ class _Loop:
         is_end = self._remaining_updates(state) <= 0
         is_line = update % self.config.log.interval == 0
         if is_line or is_end:
-            line = {"update": update, "env_steps": steps, "seconds": round(self._seconds(), 3)}
+            line = {"update": update, "env_steps": steps, "wall_time": round(self._wall_time(), 3)}
             line |= results | metrics
             line["obs.fps"] = (steps - self.line_steps) / max(self.line_seconds, 1e-9)
             if not is_line:
@@ -173,11 +170,11 @@ class _Loop:
             self._save(state)
         return state
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.start
+    def _wall_time(self) -> float:
+        return self.wall_time_before + time.monotonic() - self.start
 
     def _save(self, state: a2c.TrainState) -> None:
-        extra = {"seconds": self._seconds()}
+        extra = {"wall_time": self._wall_time()}
         self.saver.save(state, self.with_episodes, state.episodes.summary()["result.true"], extra)
 
 

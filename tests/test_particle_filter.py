@@ -1,4 +1,4 @@
-"""The particle filter's equations against independent NumPy and SciPy versions, and systematic resampling's promises."""
+"""The particle filter's equations against independent NumPy and SciPy versions, and what resampling promises."""
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,9 @@ def test_particles_of_weight_zero_are_never_ancestors():
     assert not np.any(np.take_along_axis(dead, ancestors, axis=1))
 
 
-@pytest.mark.xfail(strict=True, reason="bounding the index, not the position, ends at the last particle whatever it weighs")
+@pytest.mark.xfail(
+    strict=True, reason="bounding the index, not the position, ends at the last particle whatever it weighs"
+)
 @pytest.mark.parametrize("num_particles", [2, 7, 15, 30])
 def test_last_particle_of_weight_zero_is_no_ancestor_at_the_largest_u(num_particles):
     log_weights = np.zeros(num_particles, np.float32)

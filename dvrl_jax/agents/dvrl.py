@@ -78,7 +78,7 @@ class DVRL(Agent):
             self.summary = networks.Linear(summary_inputs, h, rngs=rngs)
 
     def initial(self, num_envs: int) -> Belief:
-        zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))  # noqa: E731
+        zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
         return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros())
 
     def draw(self, key: Array, steps: int, num_envs: int) -> Draws:
@@ -135,7 +135,7 @@ class DVRL(Agent):
     def emission_log_prob(self, obs: Array, emission: Any) -> Array:
         """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
         target = self.as_float(obs)
-        split = lambda x: x.reshape(-1, self.num_particles, *x.shape[1:])  # noqa: E731
+        split = lambda x: x.reshape(-1, self.num_particles, *x.shape[1:])
         if self.observation.is_image:
             blocks, mask = self.decoder.to_blocks(target)
             return pf.bernoulli_log_prob(blocks[:, None], split(emission), mask)

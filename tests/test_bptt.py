@@ -1,0 +1,132 @@
+"""Truncated backpropagation through time: the gradient that training uses against plain autodiff of the window."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dvrl_jax import a2c
+from dvrl_jax.envs import ActionSpec
+from tests.golden import Recording
+from tests.tiny import tiny_config
+
+NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
+
+
+def recorded_episodes(discrete: bool) -> Recording:
+    """Random observations and rewards; episodes end in the first, a middle and the last step of segments."""
+    rng = np.random.default_rng(0)
+    steps = NUM_STEPS * MOST_SEGMENTS
+    done = np.zeros((steps, NUM_ENVS), bool)
+    done[0, 0] = done[3, 1] = done[6, 0] = done[6, 1] = done[9, 2] = True
+    obs = rng.normal(size=(steps + 1, NUM_ENVS, 2)).astype(np.float32)
+    return Recording(obs, rng.normal(size=(steps, NUM_ENVS)).astype(np.float32), done, ActionSpec(discrete, 2))
+
+
+def window_of(learner, state, num_segments):
+    """Acts for `num_segments` segments with fixed weights; returns per segment (gradient, outcome, draws) and windows."""
+    gradient = jax.jit(learner.gradient)
+    actor, window, results, windows = state.actor, state.window, [], []
+    for segment in range(num_segments):
+        draws = learner.draw(jax.random.PRNGKey(segment))
+        grads, outcome = gradient(state.params, state.batch_stats, actor, window, draws)
+        windows.append((actor, window, draws))
+        results.append((grads, outcome, draws))
+        actor, window = outcome.actor, learner.push(window, outcome.segment)
+    return results, windows
+
+
+def unrolled_loss(params, agent, config, env, results, first):
+    """The last segment's loss as one plain computation from the start of segment `first`: no window, no replay."""
+    graphdef, _, stats = nnx.split(agent, nnx.Param, ...)
+    segments = [outcome.segment for _, outcome, _ in results]
+    belief = agent.initial(NUM_ENVS)
+    for index in range(len(results)):
+        segment, draws = segments[index], results[index][2]
+        if index == first:
+            belief = jax.lax.stop_gradient(belief)
+        outputs = []
+        for t in range(NUM_STEPS):
+            step_agent = nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, stats)))
+            belief = step_agent.restart(belief, segment.fresh[t])
+            inputs = step_agent.encode(segment.obs[t], segment.prev_action[t])
+            belief, info = step_agent.update(
+                belief, inputs, segment.obs[t], jax.tree.map(lambda x, t=t: x[t], draws.belief)
+            )
+            policy, value = step_agent.heads(belief)
+            action = policy.sample(seed=draws.action_keys[t])
+            outputs.append((value, policy.log_prob(jax.lax.stop_gradient(action)), policy.entropy(), info.encoding_loss))
+    value, log_prob, entropy, encoding = (jnp.stack(x) for x in zip(*outputs, strict=True))
+    advantage = results[-1][1].returns - value
+    c = config.loss
+    loss = c.value_coef * jnp.mean(advantage**2) - jnp.mean(jax.lax.stop_gradient(advantage) * log_prob)
+    return loss - c.entropy_coef * jnp.mean(entropy) + c.encoding_coef * jnp.mean(encoding)
+
+
+def relative_difference(a, b):
+    differences = jax.tree.map(lambda x, y: jnp.sum((x - y) ** 2), a, b)
+    total = sum(map(float, jax.tree.leaves(differences)))
+    return (total / sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(b))) ** 0.5
+
+
+@pytest.fixture(scope="module", params=["dvrl-categorical-bn", "rnn-gaussian"])
+def case(request):
+    algorithm, policy, *norm = request.param.split("-")
+    env = recorded_episodes(policy == "categorical")
+    config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm=bool(norm))
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(3))
+    results, windows = window_of(learner, state, MOST_SEGMENTS)
+    agent = nnx.merge(learner.graphdef, state.params, state.batch_stats)
+    return config, env, learner, state, agent, results, windows
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 5])
+def test_gradient_equals_autodiff_through_the_unrolled_window(case, num_segments):
+    config, env, learner, state, agent, results, windows = case
+    actor, window, draws = windows[-1]
+    # A window of fewer segments is one that started later: only its own segments are filled.
+    kept = MOST_SEGMENTS - num_segments
+    shorter = a2c.Window(jax.tree.map(lambda x: jnp.roll(x, -kept, axis=0), window.segments), window.length - kept)
+    actual, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
+    expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, kept)))(state.params)
+    assert relative_difference(actual, expected) < 1e-5
+
+
+def test_gradient_differs_when_a_segment_is_left_out(case):
+    _, _, learner, state, _, results, windows = case
+    actor, window, draws = windows[-1]
+    full = results[-1][0]
+    previous = None
+    for length in range(MOST_SEGMENTS - 1):
+        missing = MOST_SEGMENTS - 1 - length
+        segments = jax.tree.map(lambda x, n=missing: jnp.roll(x, -n, axis=0), window.segments)
+        shorter = a2c.Window(segments, jnp.int32(length))
+        partial, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
+        difference = relative_difference(partial, full)
+        assert difference > 1e-4
+        assert previous is None or difference < previous * 1.5
+        previous = difference
+
+
+def test_window_fills_and_starts_anew(case):
+    _, _, learner, _, _, results, _ = case
+    window = learner.init(jax.random.PRNGKey(0)).window
+    lengths = []
+    for _ in range(2 * MOST_SEGMENTS):
+        lengths.append(int(window.length))
+        window = learner.push(window, results[0][1].segment)
+    assert lengths == [0, 1, 2, 3, 4] * 2
+
+
+def test_no_gradient_crosses_the_start_of_an_episode():
+    """If all episodes end between two segments, earlier segments add nothing."""
+    env = recorded_episodes(discrete=True)
+    env.done = env.done.at[NUM_STEPS - 1].set(True)
+    learner = a2c.make_learner(tiny_config("dvrl"), env)
+    state = learner.init(jax.random.PRNGKey(0))
+    results, windows = window_of(learner, state, 2)
+    actor, window, draws = windows[-1]
+    alone, _ = learner.gradient(state.params, state.batch_stats, actor, window._replace(length=jnp.int32(0)), draws)
+    assert relative_difference(results[-1][0], alone) < 1e-6

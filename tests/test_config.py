@@ -1,0 +1,87 @@
+"""Configurations: every file is valid, and each mistake is one sentence that names the field."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from dvrl_jax import config as config_lib
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["pong_dvrl", "pong_rnn", "atari_dvrl", "atari_rnn", "mountain_hike_dvrl", "mountain_hike_rnn"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_is_valid(name):
+    config = config_lib.finalise(importlib.import_module(f"configs.{name}").get_config())
+    assert config_lib.flatten(config).keys() == config_lib.flatten(default.get_config()).keys()
+    assert config.model.resample == (config.loss.encoding_coef > 0)
+
+
+IMPOSSIBLE = [
+    ("model.num_particles", 0, "at least 1"),
+    ("bptt_segments", 0, "at least 1"),
+    ("num_envs", 0, "at least 1"),
+    ("num_envs", 1, "at least 2 with batch normalisation"),
+    ("total_env_steps", -5, "at least 1"),
+    ("log.interval", 0, "at least 1"),
+    ("seed", -1, "between"),
+    ("env.name", "Pnog", "did you mean Pong"),
+    ("env.name", "MountainHike", "model.channels"),
+    ("env.p_blank", 1.5, "probability"),
+    ("model.channels", (32, 64), "3 channel counts"),
+    ("model.channels", (32, 0, 32), "at least 1"),
+    ("loss.gamma", 1.1, "between 0 and 1"),
+    ("optimizer.name", "sgd", "rmsprop or adam"),
+    ("optimizer.learning_rate", float("nan"), "finite"),
+    ("optimizer.betas", (0.9,), "two numbers"),
+    ("algorithm", "lstm", "one of dvrl, rnn"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), IMPOSSIBLE)
+def test_an_impossible_value_is_named(field, value, message):
+    config = importlib.import_module("configs.pong_dvrl").get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.finalise(config)
+    assert message in str(error.value)
+    assert field in str(error.value) or "env.name" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_stored_configurations_are_checked():
+    for values, message in [({"modle.h_dim": 3}, "did you mean model.h_dim"), ({"seed": "x"}, "seed = 'x'")]:
+        with pytest.raises(config_lib.ConfigError, match=message):
+            config_lib.merge(default.get_config(), values)
+    merged = config_lib.merge(default.get_config(), {"model.channels": [1, 2, 3], "loss.gamma": 1})
+    assert merged.model.channels == (1, 2, 3) and merged.loss.gamma == 1.0
+
+
+def test_description_marks_what_differs():
+    config = importlib.import_module("configs.pong_rnn").get_config()
+    lines = config_lib.describe(config, default.get_config()).splitlines()
+    marked = {line.split()[1] for line in lines if line.startswith("*")}
+    assert {"env.name", "env.p_blank", "bptt_segments"} <= marked and "num_envs" not in marked
+
+
+COMMANDS = [
+    (["--config=configs/mountain_hike_rnn.py", "--config.model.hdim=3"], "model.hdim"),
+    (["--config=configs/mountain_hike_rnn.py", "--config.model.h_dim=1.5"], "config.model.h_dim"),
+    (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config=configs/atari_dvrl.py:Pnog"], "env.name"),
+    (["--cofnig=configs/pong_dvrl.py"], "cofnig"),
+    ([], "--config"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), COMMANDS)
+def test_the_command_line_refuses_in_one_sentence(arguments, named, tmp_path):
+    command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert named in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,42 @@
+"""Agents learn a task that needs memory, and the test notices when they have none."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dvrl_jax import a2c
+from dvrl_jax.agents import Agent
+from tests.tiny import Recall, tiny_config
+
+BEST = Recall.LENGTH - 1
+
+
+def mean_return_after_training(algorithm: str, updates: int) -> float:
+    config = tiny_config(
+        algorithm,
+        num_envs=16,
+        num_steps=5,
+        bptt_segments=5,
+        model__channels=(32, 32),
+        model__h_dim=32,
+        model__z_dim=8,
+        model__num_particles=4,
+        model__action_encoding=0,  # Else the previous action would carry the cue from step to step.
+        optimizer__learning_rate=2e-3,
+    )
+    learner = a2c.make_learner(config, Recall(config.num_envs))
+    state = jax.jit(learner.run)(learner.init(jax.random.PRNGKey(0)), jnp.int32(updates))
+    return state.episodes.summary()["result.mean"]
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("rnn", 1000), ("dvrl", 1500)])
+def test_learns_to_remember(algorithm, updates):
+    assert mean_return_after_training(algorithm, updates) > 0.8 * BEST
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("rnn", 1000), ("dvrl", 1500)])
+def test_a_broken_belief_learns_nothing(algorithm, updates, monkeypatch):
+    """The same training with the belief set to zero in every step stays at chance."""
+    intact = Agent.restart
+    monkeypatch.setattr(Agent, "restart", staticmethod(lambda belief, fresh: intact(belief, jnp.ones_like(fresh))))
+    assert mean_return_after_training(algorithm, updates) < 0.3 * BEST

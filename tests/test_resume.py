@@ -1,0 +1,152 @@
+"""Runs that stop and go on: bit for bit on Mountain Hike, with new episodes on Atari."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import default
+from dvrl_jax import config as config_lib
+from dvrl_jax import runs, training
+from tests.tiny import tiny_hike
+
+ROOT = Path(__file__).parent.parent
+STEPS_PER_UPDATE = 4 * 5
+TIMING = {"wall_time", "obs.fps"}
+
+
+def train(workdir, config, **overrides):
+    """One run of training, as train.py does it, in this process."""
+    given = config.copy_and_resolve_references()
+    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+    given.update_from_flattened_dict(overrides)
+    run, settings = training.prepare(workdir, given, overrides, default.get_config())
+    try:
+        return training.train(run, settings, default.get_config())
+    finally:
+        run.close()
+
+
+def checkpoint_arrays(workdir):
+    """Every array of the newest checkpoint."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(max(steps)) / "state").absolute())
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
+def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm):
+    """N + N steps equal 2N: weights, optimiser, belief, window, counters and metrics; N falls between log lines."""
+    config, half = tiny_hike(algorithm), 33 * STEPS_PER_UPDATE
+    train(tmp_path / "straight", config, total_env_steps=2 * half)
+    train(tmp_path / "parts", config, total_env_steps=half)
+    assert runs.read_metrics(tmp_path / "parts")[-1]["update"] == 33
+    train(tmp_path / "parts", config, total_env_steps=2 * half)
+    straight, parts = checkpoint_arrays(tmp_path / "straight"), checkpoint_arrays(tmp_path / "parts")
+    assert straight.keys() == parts.keys()
+    assert any(name.startswith("actor.belief.h") for name in parts)
+    assert any(name.startswith("window.segments") for name in parts)
+    for name, array in straight.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(parts[name]), err_msg=name)
+    lines = untimed(runs.read_metrics(tmp_path / "parts"))
+    assert lines == untimed(runs.read_metrics(tmp_path / "straight"))
+    assert [line["update"] for line in lines] == [10, 20, 30, 40, 50, 60, 66]
+
+
+def test_lines_after_the_checkpoint_are_written_once(tmp_path):
+    """What was logged after the last checkpoint of a killed run is not logged twice, and a torn line is dropped."""
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=20 * STEPS_PER_UPDATE)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"update": 30, "env_steps": 600}) + "\n" + '{"update": 40, "env_st')
+    train(tmp_path, config, total_env_steps=40 * STEPS_PER_UPDATE)
+    lines = runs.read_metrics(tmp_path)
+    assert [line["update"] for line in lines] == [10, 20, 30, 40]
+    assert all("loss.total" in line for line in lines)
+
+
+def test_own_config_is_kept_and_contradictions_are_refused(tmp_path):
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=200, seed=5)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(config_lib.ConfigError, match=r"seed = 6: contradicts .*started with 5"):
+        train(tmp_path, config, total_env_steps=400, seed=6)
+    with pytest.raises(config_lib.ConfigError, match="algorithm"):
+        train(tmp_path, tiny_hike("dvrl"), total_env_steps=400)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    train(tmp_path, config, total_env_steps=400, log__interval=5)
+    stored = runs.read_config(tmp_path)
+    assert (stored["seed"], stored["total_env_steps"], stored["log.interval"]) == (5, 400, 5)
+    assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10, 15, 20]
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=200)
+    before = {path: path.read_bytes() for path in (tmp_path / "metrics.jsonl", tmp_path / "config.json")}
+    train(tmp_path, config)
+    assert "already finished: 200 of 200 steps" in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    first = runs.RunDirectory(tmp_path)
+    with pytest.raises(runs.RunError, match="another process"):
+        runs.RunDirectory(tmp_path)
+    first.close()
+    runs.RunDirectory(tmp_path).close()
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+    train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model.h_dim": 9}))
+    with pytest.raises(runs.RunError, match="shape"):
+        train(tmp_path, tiny_hike("rnn"), total_env_steps=400)
+
+
+def pong_command(workdir, *fields):
+    small = ["model.channels=(4,4,4)", "model.h_dim=8", "model.z_dim=4", "model.action_encoding=4"]
+    small += ["model.num_particles=2", "num_envs=4", "log.interval=5", *fields]
+    command = [sys.executable, "train.py", "--config=configs/pong_dvrl.py", f"--workdir={workdir}"]
+    return command + [f"--config.{field}" for field in small]
+
+
+def test_pong_resumes_with_new_episodes_after_sigterm(tmp_path):
+    """SIGTERM saves and leaves with 143; counters, optimiser and normalisation continue, beliefs start afresh."""
+    process = subprocess.Popen(pong_command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "metrics.jsonl").exists() or len(runs.read_metrics(tmp_path)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; checkpoint at update" in output
+    saved = checkpoint_arrays(tmp_path)
+    assert not any(name.startswith(("actor", "window")) for name in saved)
+    assert any(name.startswith("batch_stats") for name in saved)
+    update = int(saved["update"])
+    before = runs.read_metrics(tmp_path)
+    command = pong_command(tmp_path, f"total_env_steps={(update + 15) * 20}")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=True, timeout=300)
+    assert f"resuming from update {update:,}" in result.stdout
+    lines = runs.read_metrics(tmp_path)
+    assert lines[: len(before)] == before
+    updates = [line["update"] for line in lines]
+    assert updates == sorted(set(updates)) and updates[-1] == update + 15
+    assert [u for u in updates if u % 5 == 0] == list(range(5, update + 16, 5))
+    final = checkpoint_arrays(tmp_path)
+    assert int(final["update"]) == update + 15
+    assert int(final["env_steps"]) == int(saved["env_steps"]) + 15 * 20

@@ -1,0 +1,76 @@
+"""Small things that several tests share: a memory task, small configurations, and training without the command line."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from configs import default, mountain_hike_dvrl, mountain_hike_rnn
+from dvrl_jax import config as config_lib
+from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+
+
+def tiny_config(algorithm: str, **fields):
+    """A small vector configuration; `fields` are dotted names with `__` for the dot."""
+    c = default.get_config()
+    c.algorithm = algorithm
+    c.num_envs, c.num_steps, c.bptt_segments = 3, 2, 2
+    c.model.channels, c.model.h_dim, c.model.z_dim, c.model.action_encoding = (8, 8), 8, 5, 4
+    c.model.num_particles = 3
+    if algorithm == "dvrl":
+        c.loss.encoding_coef = 0.1
+    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config_lib.finalise(c)
+
+
+def tiny_hike(algorithm: str, **fields):
+    """Mountain Hike with small networks."""
+    c = (mountain_hike_dvrl if algorithm == "dvrl" else mountain_hike_rnn).get_config()
+    small = {"num_envs": 4, "model.channels": (8, 8), "model.h_dim": 8, "model.z_dim": 5, "model.action_encoding": 4}
+    small |= {"model.num_particles": 3, "log.interval": 10, "checkpoint.interval": 0}
+    c.update_from_flattened_dict(small | {name.replace("__", "."): value for name, value in fields.items()})
+    return c
+
+
+class Recall(Environment):
+    """A cue of +1 or -1 is seen once; for the rest of the episode, naming it earns 1 and the other answer -1.
+
+    Without memory nothing can be earned on average; with it, `LENGTH` - 1 per episode.
+    """
+
+    LENGTH = 6
+    restorable = True
+
+    class Inner(NamedTuple):
+        cue: jax.Array
+        time: jax.Array
+        key: jax.Array
+
+    def __init__(self, num_envs: int):
+        self.num_envs = num_envs
+        self.observation = ObservationSpec((2,), jnp.float32)
+        self.action = ActionSpec(discrete=True, size=2)
+
+    def reset(self, key):
+        key, cue_key = jax.random.split(key)
+        inner = self.Inner(self._cues(cue_key), jnp.zeros(self.num_envs, jnp.int32), key)
+        no, zero = jnp.zeros(self.num_envs, bool), jnp.zeros(self.num_envs)
+        return EnvState(inner, self._observe(inner), zero, no, ~no, zero, no, ~no)
+
+    def step(self, state, action):
+        cue, time, key = state.inner
+        key, cue_key = jax.random.split(key)
+        right = (action == 1) == (cue > 0)
+        reward = jnp.where(time == 0, 0.0, jnp.where(right, 1.0, -1.0))
+        done = time + 1 == self.LENGTH
+        inner = self.Inner(jnp.where(done, self._cues(cue_key), cue), jnp.where(done, 0, time + 1), key)
+        yes = jnp.ones_like(done)
+        return EnvState(inner, self._observe(inner), reward, done, yes, reward, done, yes)
+
+    def _cues(self, key):
+        return jnp.where(jax.random.bernoulli(key, 0.5, (self.num_envs,)), 1.0, -1.0)
+
+    @staticmethod
+    def _observe(inner):
+        shown = jnp.where(inner.time == 0, inner.cue, 0.0)
+        return jnp.stack([shown, inner.time / Recall.LENGTH], axis=-1)
