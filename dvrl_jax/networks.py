@@ -17,6 +17,7 @@ from flax import nnx
 
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
+VARIANCE_FLOOR = 1e-10  # Far below any variance that matters; keeps 1/var and its gradient finite in float32.
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's meaning: the weight of the new batch in the running average.
 
 Array = jax.Array
@@ -107,7 +108,7 @@ class Normal(nnx.Module):
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Maps x [..., inputs] to (mean, variance), each [..., features]."""
-        return self.mean(x=x), jax.nn.softplus(self.var(x=x))
+        return self.mean(x=x), jax.nn.softplus(self.var(x=x)) + VARIANCE_FLOOR
 
 
 class GRUCell(nnx.Module):

@@ -41,10 +41,10 @@ def systematic_ancestors(log_weights: Array, u: Array) -> Array:
     cumulative = jnp.cumsum(normalised_weights(jax.lax.stop_gradient(log_weights)), axis=-1)
     cumulative = cumulative / cumulative[:, -1:]  # The last entry is exactly 1 whatever the rounding.
     positions = (u[:, None] + jnp.arange(num_particles)) / num_particles
+    # (u + K - 1)/K can round up to 1.0, where the look-up would end past the last particle of any weight.
+    positions = jnp.minimum(positions, 1.0 - jnp.finfo(positions.dtype).epsneg)
     # The number of entries at or below a position is the index of the particle that owns it.
-    ancestors = jnp.sum(cumulative[:, None, :] <= positions[:, :, None], axis=-1, dtype=jnp.int32)
-    # (u + K - 1)/K can round up to 1.0 in float32: without this bound the ancestor would be K.
-    return jnp.minimum(ancestors, num_particles - 1)
+    return jnp.sum(cumulative[:, None, :] <= positions[:, :, None], axis=-1, dtype=jnp.int32)
 
 
 def resample(particles: Array, ancestors: Array) -> Array:

@@ -49,7 +49,8 @@ class EpisodeStatistics(NamedTuple):
 
         def step(running, x):
             clipped, length, true = running
-            clipped, true = clipped + x.reward, true + x.true_reward
+            clipped = clipped + jnp.where(x.transition, x.reward, 0.0)
+            true = true + jnp.where(x.transition, x.true_reward, 0.0)
             length = length + x.transition
             outputs = (clipped, length, true)
             clipped, length = (jnp.where(x.done, 0.0, y) for y in (clipped, length))

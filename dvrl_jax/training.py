@@ -35,8 +35,6 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     """
     stored = run.read_config()
     if stored is None:
-        if given is None:
-            raise config_lib.ConfigError("--config: is needed to start a new run")
         return config_lib.finalise(given)
     try:
         config = config_lib.merge(default, stored)
@@ -185,7 +183,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     """
     if config is not None:
         config_lib.finalise(config)
-    elif workdir is None:
+    elif workdir is None or not (workdir / "config.json").exists():
         raise config_lib.ConfigError("--config: is needed to start a new run")
     run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)
     return run, resolve_config(run, config, overrides, default)

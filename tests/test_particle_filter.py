@@ -104,9 +104,6 @@ def test_particles_of_weight_zero_are_never_ancestors():
     assert not np.any(np.take_along_axis(dead, ancestors, axis=1))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bounding the index, not the position, ends at the last particle whatever it weighs"
-)
 @pytest.mark.parametrize("num_particles", [2, 7, 15, 30])
 def test_last_particle_of_weight_zero_is_no_ancestor_at_the_largest_u(num_particles):
     log_weights = np.zeros(num_particles, np.float32)
