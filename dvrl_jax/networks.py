@@ -7,6 +7,7 @@ products go to the matrix units.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -182,46 +183,103 @@ def depth_to_space(x: Array, block: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * block, width * block, channels)
 
 
+def _shifted(rows: Array, offset: int) -> Array:
+    """Moves rows [R, C] down by `offset` (up if negative), filling up with 0."""
+    return jax.lax.pad(rows, jnp.zeros((), rows.dtype), ((offset, -offset, 0), (0, 0, 0)))
+
+
+def _shifted_copies(rows: Array, offsets: tuple[int, ...]) -> Array:
+    """Copies of rows [R, C] moved down by each of T offsets (up if negative), side by side: [R, T*C], 0 outside."""
+    count, before, after = rows.shape[0], max(0, *offsets), max(0, *(-offset for offset in offsets))
+    padded = jnp.pad(rows, ((before, after), (0, 0)))
+    return jnp.concatenate([padded[before - offset : before - offset + count] for offset in offsets], axis=-1)
+
+
+def _negated(offsets: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-offset for offset in offsets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shifted_product(rows: Array, kernels: Array, offsets: tuple[int, ...]) -> Array:
+    """Convolution of a sequence: y[r] = sum_t rows[r - offsets[t]] @ kernels[t], rows outside being 0.
+
+    It is one matrix product; shifted copies are made of whichever is thinner, its input or its output. The gradients
+    are products of the same kind, with the opposite offsets.
+
+    Args:
+        rows: [R, C]. kernels: [T, C, D]. offsets: T integers.
+    Returns:
+        [R, D].
+    """
+    taps, channels, features = kernels.shape
+    if channels <= features:
+        return _shifted_copies(rows, offsets) @ kernels.reshape(taps * channels, features)
+    products = rows @ jnp.moveaxis(kernels, 0, 1).reshape(channels, taps * features)
+    return sum(
+        _shifted(products[:, t * features : (t + 1) * features], offset) for t, offset in enumerate(offsets)
+    )
+
+
+def _shifted_product_fwd(rows: Array, kernels: Array, offsets: tuple[int, ...]):
+    return shifted_product(rows, kernels, offsets), (rows, kernels)
+
+
+def _shifted_product_bwd(offsets: tuple[int, ...], residuals: tuple[Array, Array], grad: Array):
+    rows, kernels = residuals
+    taps, channels, features = kernels.shape
+    rows_grad = shifted_product(grad, jnp.swapaxes(kernels, 1, 2), _negated(offsets))
+    if channels <= features:
+        kernels_grad = (_shifted_copies(rows, offsets).T @ grad).reshape(kernels.shape)
+    else:
+        product = rows.T @ _shifted_copies(grad, _negated(offsets))
+        kernels_grad = jnp.moveaxis(product.reshape(channels, taps, features), 1, 0)
+    return rows_grad, kernels_grad
+
+
+shifted_product.defvjp(_shifted_product_fwd, _shifted_product_bwd)
+
+
+def _tap_offsets(taps: int, width: int) -> tuple[int, ...]:
+    """How many rows apart a pixel and its neighbours (i, j), i and j < `taps`, are in images of this width."""
+    return tuple(i * width + j for i in range(taps) for j in range(taps))
+
+
 def conv(x: Array, kernel: Array, spec: ConvSpec) -> Array:
     """Convolution (cross-correlation) of x [N, H, W, C] with kernel [k, k, C, D]: [N, H', W', D].
 
-    With m = k / stride, each output pixel sees m x m blocks of stride x stride pixels: the input is put in block
-    order once, and its m*m shifted copies are multiplied with the kernel in one matrix product.
+    With m = k / stride, each output pixel sees m x m blocks of stride x stride pixels. In block order, and with all
+    pixels of all images on one axis, a neighbouring block is a fixed number of rows away: the convolution is a
+    `shifted_product` of m*m taps. Output pixels whose neighbours would lie in the next line or image are cut off.
     """
     chex.assert_rank([x, kernel], 4)
     size, channels, features = spec.output_size(x.shape[1]), kernel.shape[2], kernel.shape[3]
-    s, m = spec.stride, spec.kernel // spec.stride
+    s, m, p = spec.stride, spec.kernel // spec.stride, spec.padding
     extent = s * (size - 1 + m)
-    p = spec.padding
-    if p:
-        x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
     x = space_to_depth(x[:, :extent, :extent], s)
-    shifted = [x[:, i : i + size, j : j + size] for i in range(m) for j in range(m)]
-    patches = jnp.concatenate(shifted, axis=-1)
+    n, height, width, depth = x.shape
     kernel = kernel.reshape(m, s, m, s, channels, features).transpose(0, 2, 1, 3, 4, 5)
-    return patches @ kernel.reshape(-1, features)
+    kernels = kernel.reshape(m * m, depth, features)
+    rows = shifted_product(x.reshape(-1, depth), kernels, _negated(_tap_offsets(m, width)))
+    return rows.reshape(n, height, width, features)[:, :size, :size]
 
 
 def conv_transpose_blocks(x: Array, kernel: Array, spec: ConvSpec) -> Array:
     """Transposed convolution of x [N, H, W, C] with kernel [C, k, k, D], left in block order and unpadded.
 
     Returns [N, H+m-1, W+m-1, s*s*D] with s the stride and m = k / s: `depth_to_space(., s)` and cutting `padding`
-    off each border give the image. One product makes each pixel's k x k patch; the m*m blocks of it are added up at
-    their places. The gradient is then one product with shifted copies of the (thin) output gradient.
+    off each border give the image. Like `conv` it is a `shifted_product` of m*m taps over the pixels of all images,
+    which the border of zeros keeps apart.
     """
     chex.assert_rank([x, kernel], 4)
-    n, height, width, channels = x.shape
     s, m = spec.stride, spec.kernel // spec.stride
-    features = kernel.shape[-1]
-    kernel = kernel.reshape(channels, m, s, m, s, features).transpose(0, 1, 3, 2, 4, 5)
-    depth = s * s * features
-    patches = x @ kernel.reshape(channels, m * m * depth)
-    total = 0
-    for i in range(m):
-        for j in range(m):
-            block = patches[..., (i * m + j) * depth : (i * m + j + 1) * depth]
-            total += jnp.pad(block, ((0, 0), (i, m - 1 - i), (j, m - 1 - j), (0, 0)))
-    return total
+    channels, features = kernel.shape[0], kernel.shape[-1]
+    x = jnp.pad(x, ((0, 0), (0, m - 1), (0, m - 1), (0, 0)))
+    n, height, width, _ = x.shape
+    kernel = kernel.reshape(channels, m, s, m, s, features).transpose(1, 3, 0, 2, 4, 5)
+    kernels = kernel.reshape(m * m, channels, s * s * features)
+    rows = shifted_product(x.reshape(-1, channels), kernels, _tap_offsets(m, width))
+    return rows.reshape(n, height, width, s * s * features)
 
 
 class Conv(nnx.Module):
@@ -256,10 +314,11 @@ class ConvTranspose(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [N, H, W, C] to [N, H', W', D]."""
-        return self.crop(depth_to_space(self.blocks(x), self.spec.stride))
+        return self.unblock(self.blocks(x))
 
-    def crop(self, image: Array) -> Array:
-        p = self.spec.padding
+    def unblock(self, blocks: Array) -> Array:
+        """Puts blocks [N, h, w, s*s*D] in pixel order and cuts the border off: [N, H', W', D]."""
+        image, p = depth_to_space(blocks, self.spec.stride), self.spec.padding
         return image[:, p : image.shape[1] - p, p : image.shape[2] - p]
 
 
@@ -333,10 +392,16 @@ class ImageDecoder(nnx.Module):
 
     def __call__(self, features: Array, use_running_average: bool = False) -> Array:
         """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on."""
-        x = features.reshape(-1, *self.input_shape)
-        for layer, activation in zip(self.layers[:-1], self.activations, strict=True):
-            x = activation(layer(x), use_running_average)
-        return self.layers[-1].blocks(x)
+
+        # Only what comes out of the convolutions is kept for the gradient; the rest is cheaper to compute again.
+        @nnx.remat
+        def activate(activation, image, layer):
+            return layer.blocks(activation(image, use_running_average))
+
+        x = self.layers[0].blocks(features.reshape(-1, *self.input_shape))
+        for i, activation in enumerate(self.activations):
+            x = activate(activation, self.layers[i].unblock(x), self.layers[i + 1])
+        return x
 
     def to_blocks(self, images: Array) -> tuple[Array, Array | None]:
         """Puts images [N, H, W, C] in the order of the logits; the second value masks the border (None without one)."""
@@ -350,8 +415,7 @@ class ImageDecoder(nnx.Module):
 
     def to_images(self, logits: Array) -> Array:
         """Puts logits [N, h, w, s*s*C] back in pixel order: [N, H, W, C]."""
-        last = self.layers[-1]
-        return last.crop(depth_to_space(logits, last.spec.stride))
+        return self.layers[-1].unblock(logits)
 
 
 class VectorDecoder(nnx.Module):
