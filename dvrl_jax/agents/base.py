@@ -47,14 +47,15 @@ class UpdateInfo(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Encoded inputs of one step: `phi_o` [B, F] and `phi_a` [B, E] (None without action encoding)."""
+    """Inputs of one step, encoded once per environment.
 
-    phi_o: Array
+    Attributes:
+        drive: pytree of [B, ...], what observation and action contribute to the recurrence.
+        phi_a: [B, E] the encoded previous action, None without action encoding.
+    """
+
+    drive: Any
     phi_a: Array | None
-
-    def as_dict(self) -> dict[str, Array]:
-        """The inputs under the names of the kernel blocks that multiply them."""
-        return {"obs": self.phi_o} | ({} if self.phi_a is None else {"action": self.phi_a})
 
 
 class Prediction(NamedTuple):
@@ -108,8 +109,15 @@ class Agent(nnx.Module, abc.ABC):
 
     def encode(self, obs: Array, prev_action: Array) -> Inputs:
         """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
-        phi_o = self.encoder(self.as_float(obs), self.use_running_average)
-        return Inputs(phi_o, self.encode_action(prev_action))
+        phi_a = self.encode_action(prev_action)
+        encoded = {"obs": self.encoder(self.as_float(obs), self.use_running_average)}
+        if phi_a is not None:
+            encoded["action"] = phi_a
+        return Inputs(self.drive(encoded), phi_a)
+
+    @abc.abstractmethod
+    def drive(self, encoded: dict[str, Array]) -> Any:
+        """Products of the encoded inputs, `obs` [B, F] and `action` [B, E], with the recurrence's kernels."""
 
     def encode_action(self, prev_action: Array) -> Array | None:
         """phi_a [B, E] of prev_action [B, A]; None without action encoding."""

@@ -41,6 +41,13 @@ class Trace(NamedTuple):
     eps: Array
 
 
+class Drive(NamedTuple):
+    """What observation and action add to the proposal's hidden layer [B, H] and to the GRU's gates [B, 3H]."""
+
+    proposal: Array
+    gru: Array
+
+
 class Step(NamedTuple):
     """All intermediate quantities of one belief update, as the paper names them."""
 
@@ -81,6 +88,9 @@ class DVRL(Agent):
         zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
         return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros())
 
+    def drive(self, encoded: dict[str, Array]) -> Drive:
+        return Drive(self.proposal_hidden.product(**encoded), self.gru.product(**encoded))
+
     def draw(self, key: Array, steps: int, num_envs: int) -> Draws:
         u_key, eps_key = jax.random.split(key)
         u = jax.random.uniform(u_key, (steps, num_envs))
@@ -109,13 +119,15 @@ class DVRL(Agent):
         """Resamples h [B, K, H] by the given ancestors, draws z from the proposal, and advances h."""
         if trace.ancestors is not None:
             h = pf.resample(h, trace.ancestors)
-        shared = inputs.as_dict()
-        hidden = self.proposal_hidden.product(**shared)[:, None] + self.proposal_hidden(h=h)
+        hidden = inputs.drive.proposal[:, None] + self.proposal_hidden(h=h)
         mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average))
         z = pf.sample_normal(mean, var, trace.eps)
         phi_z = jax.nn.relu(self.phi_z(z=z))
-        gates = self.gru.product(**shared)[:, None] + self.gru.product(phi_z=phi_z)
-        return Step(h, mean, var, z, phi_z, self.gru(h, gates))
+        return Step(h, mean, var, z, phi_z, self.recur(h, phi_z, inputs.drive))
+
+    def recur(self, h: Array, phi_z: Array, drive: Drive) -> Array:
+        """The next h [B, K, H] from the previous one, phi_z [B, K, H] and the observation and action."""
+        return self.gru(h, drive.gru[:, None] + self.gru.product(phi_z=phi_z))
 
     def prior_of(self, h_prev: Array, inputs: Inputs) -> tuple[Array, Array]:
         """p(z): mean and variance [B, K, Z] from the resampled previous h [B, K, H] and the action."""
@@ -176,8 +188,7 @@ class DVRL(Agent):
             expected = self.expected_observation(phi_z, h, inputs, belief.log_weight)
             if dt in times:
                 predictions[dt] = expected
-            shared = self.encode(expected, last.prev_action).as_dict()
-            h = self.gru(h, self.gru.product(**shared)[:, None] + self.gru.product(phi_z=phi_z))
+            h = self.recur(h, phi_z, self.encode(expected, last.prev_action).drive)
         return predictions
 
     def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:

@@ -35,6 +35,10 @@ class RNN(Agent):
     def initial(self, num_envs: int) -> Belief:
         return Belief(jnp.zeros((num_envs, self.h_dim)))
 
+    def drive(self, encoded: dict[str, Array]) -> Array:
+        """What observation and action add to the GRU's gates, [B, 3H]."""
+        return self.gru.product(**encoded)
+
     def draw(self, key: Array, steps: int, num_envs: int) -> tuple:
         del key, steps, num_envs
         return ()
@@ -48,7 +52,7 @@ class RNN(Agent):
 
     def transition(self, h: Array, inputs: Inputs, trace: tuple) -> Array:
         del trace
-        return self.gru(h, self.gru.product(**inputs.as_dict()))
+        return self.gru(h, inputs.drive)
 
     def summarise(self, belief: Belief) -> Array:
         return belief.h
