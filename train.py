@@ -9,6 +9,7 @@ from dvrl_jax import command_line, training
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
+CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in the user's cache directory.")
 
 
 def main() -> int:
@@ -16,7 +17,7 @@ def main() -> int:
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
     run, config = training.prepare(workdir, config, overrides, default.get_config())
     try:
-        training.train(run, config, default.get_config())
+        training.train(run, config, default.get_config(), CACHE.value)
     except training.Interrupted as stop:
         return 128 + stop.signum
     return 0

@@ -67,7 +67,7 @@ def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
     check_fields(fields, default)
     for argument in arguments:
-        if match := re.match(r"--?config=([^:]*)", argument):
-            if not Path(match[1]).is_file():
-                available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
-                raise ConfigError(f"--config: there is no file {match[1]!r} (in configs/: {available or 'nothing'})")
+        match = re.match(r"--?config=([^:]*)", argument)
+        if match and not Path(match[1]).is_file():
+            available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
+            raise ConfigError(f"--config: there is no file {match[1]!r} (in configs/: {available or 'nothing'})")

@@ -8,6 +8,7 @@ products go to the matrix units.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -215,9 +216,7 @@ def shifted_product(rows: Array, kernels: Array, offsets: tuple[int, ...]) -> Ar
     if channels <= features:
         return _shifted_copies(rows, offsets) @ kernels.reshape(taps * channels, features)
     products = rows @ jnp.moveaxis(kernels, 0, 1).reshape(channels, taps * features)
-    return sum(
-        _shifted(products[:, t * features : (t + 1) * features], offset) for t, offset in enumerate(offsets)
-    )
+    return sum(_shifted(products[:, t * features : (t + 1) * features], offset) for t, offset in enumerate(offsets))
 
 
 def _shifted_product_fwd(rows: Array, kernels: Array, offsets: tuple[int, ...]):
@@ -359,7 +358,7 @@ class Encoder(nnx.Module):
         encoded_shape(obs_shape, channels)
         self.is_image = len(obs_shape) == 3
         sizes = (obs_shape[-1], *channels)
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(itertools.pairwise(sizes))
         if self.is_image:
             specs = IMAGE_ENCODERS[obs_shape[0]]
             layers = [Conv(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)]
@@ -386,7 +385,7 @@ class ImageDecoder(nnx.Module):
         self.input_shape = encoded_shape(obs_shape, channels)
         specs = IMAGE_ENCODERS[obs_shape[0]][::-1]
         sizes = (*channels[::-1], obs_shape[-1])
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        pairs = itertools.pairwise(sizes)
         self.layers = nnx.List([ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)])
         self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
 

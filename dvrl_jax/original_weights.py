@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx

@@ -47,7 +47,7 @@ class RunDirectory:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held until closed)
         except OSError as error:
             raise RunError(f"{self.path}: cannot write there ({error.strerror})") from None
         try:

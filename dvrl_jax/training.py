@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, config as config_lib, envs, networks, reporting, runs
+from dvrl_jax import a2c, checkpoints, compilation, envs, networks, reporting, runs
+from dvrl_jax import config as config_lib
 
 # A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
 # signals are answered.
@@ -53,8 +54,10 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
 
 
-def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict) -> a2c.TrainState:
+def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_cache: bool = True) -> a2c.TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
+
+    `use_cache` allows the persistent compilation cache.
 
     Returns the final state.
     Raises:
@@ -79,7 +82,9 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict) -> a2
         if is_finished:
             print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
             return state
-        return _Loop(run, config, learner, saver, env.restorable, wall_time).run(state)
+        # Only programs without EnvPool in them can be found again in the compilation cache.
+        use_cache = use_cache and env.restorable
+        return _Loop(run, config, learner, saver, env.restorable, wall_time, use_cache).run(state)
 
 
 def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
@@ -93,9 +98,12 @@ def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, s
 class _Loop:
     """Calls the compiled program, and writes log lines and checkpoints between the calls."""
 
-    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float):
+    def __init__(
+        self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float, use_cache: bool
+    ):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.program = jax.jit(learner.run, donate_argnums=0)
+        self.use_cache = use_cache
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
@@ -117,7 +125,8 @@ class _Loop:
     def _run(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
         began = time.monotonic()
         # Compile ahead, so that compile time is known as such and no step is taken by it.
-        program = self.program.lower(state, jnp.int32(1)).compile()
+        with compilation.cached(self.use_cache):
+            program = self.program.lower(state, jnp.int32(1)).compile()
         progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         progress.restart_clock()
         limit = 1  # Updates per call; grows to what MAX_CALL_SECONDS allow.

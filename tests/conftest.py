@@ -1,6 +1,13 @@
 """Options shared by all tests."""
 
+import os
+import tempfile
 from pathlib import Path
+
+# Programs that several tests need are compiled once; set before JAX is imported, and for processes started by tests.
+_cache = tempfile.TemporaryDirectory(prefix="dvrl_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 
 def pytest_addoption(parser):

@@ -25,7 +25,7 @@ def recorded_episodes(discrete: bool) -> Recording:
 
 
 def window_of(learner, state, num_segments):
-    """Acts for `num_segments` segments with fixed weights; returns per segment (gradient, outcome, draws) and windows."""
+    """Acts for `num_segments` segments with fixed weights; returns (gradient, outcome, draws) per segment, and windows."""
     gradient = jax.jit(learner.gradient)
     actor, window, results, windows = state.actor, state.window, [], []
     for segment in range(num_segments):
@@ -56,7 +56,9 @@ def unrolled_loss(params, agent, config, env, results, first):
             )
             policy, value = step_agent.heads(belief)
             action = policy.sample(seed=draws.action_keys[t])
-            outputs.append((value, policy.log_prob(jax.lax.stop_gradient(action)), policy.entropy(), info.encoding_loss))
+            outputs.append(
+                (value, policy.log_prob(jax.lax.stop_gradient(action)), policy.entropy(), info.encoding_loss)
+            )
     value, log_prob, entropy, encoding = (jnp.stack(x) for x in zip(*outputs, strict=True))
     advantage = results[-1][1].returns - value
     c = config.loss

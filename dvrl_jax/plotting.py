@@ -1,0 +1,135 @@
+"""Learning curves from run directories: runs that differ only in their seed become one line with a band."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from dvrl_jax import config, runs
+
+UNITS = {
+    "result": "return per episode",
+    "loss": "loss",
+    "loss.encoding": "-ELBO (nats per step)",
+    "loss.entropy": "policy entropy (nats)",
+    "particles.killed": "particles killed per step",
+    "episodes.num_ended": "episodes",
+    "episodes.length": "steps per episode",
+    "obs.fps": "environment steps / s",
+    "obs.avg_nr_observed": "share of observations seen",
+    "gradient.norm": "gradient norm before clipping",
+    "wall_time": "seconds",
+}
+
+
+class Run(NamedTuple):
+    """One run: its directory, configuration by dotted names, and metrics lines."""
+
+    path: Path
+    fields: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+
+class Curve(NamedTuple):
+    """One line of a plot: `mean` and `spread` (None for a single run) at `steps`."""
+
+    label: str
+    steps: np.ndarray
+    mean: np.ndarray
+    spread: np.ndarray | None
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run directory.
+
+    Raises:
+        RunError: it is not one, or has no metrics yet; the message lists what there is.
+    """
+    fields = runs.read_config(path)
+    if fields is None or not (path / "metrics.jsonl").exists():
+        root = path.parent
+        found = sorted((p.parent.name for p in root.glob("*/metrics.jsonl")), key=lambda name: (len(name), name))
+        raise runs.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
+    return Run(path, fields, runs.read_metrics(path))
+
+
+def check_metric(loaded: list[Run], name: str) -> None:
+    """Raises RunError, listing what exists, if no run has logged a metric of that name."""
+    known = {key for run in loaded for line in run.lines for key in line} - {"final"}
+    if name not in known:
+        raise runs.RunError(f"{name}: no such metric; there are {', '.join(sorted(known))}")
+
+
+def group_runs(loaded: list[Run]) -> dict[str, list[Run]]:
+    """Runs by label; runs that differ in nothing but seed, length, log and checkpoint settings share one.
+
+    The label names the fields in which the groups differ.
+    """
+
+    def essence(run: Run) -> tuple:
+        kept = {k: v for k, v in run.fields.items() if k != "seed" and not config.is_changeable(k)}
+        return tuple(sorted((k, str(v)) for k, v in kept.items()))
+
+    essences = {essence(run) for run in loaded}
+    differing = {field for one in essences for field, value in one if any((field, value) not in e for e in essences)}
+    # The algorithm and the environment say most; a whole list of their consequences would not be read.
+    shown = [f for f in ("algorithm", "env.name") if f in differing] or sorted(differing)
+    names: dict[tuple, str] = {}
+    for one in essences:
+        values = dict(one)
+        names[one] = ", ".join(values[f] if f in ("algorithm", "env.name") else f"{f}={values[f]}" for f in shown)
+    if len(set(names.values())) < len(names):
+        names = {one: ", ".join(f"{f}={dict(one).get(f)}" for f in sorted(differing)) for one in essences}
+    groups: dict[str, list[Run]] = {}
+    for run in loaded:
+        groups.setdefault(names[essence(run)] or run.fields["algorithm"], []).append(run)
+    return groups
+
+
+def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
+    """Mean and sample standard deviation over the group's runs, on the steps that all of them cover."""
+    series = []
+    for run in group:
+        steps = np.array(runs.column(run.lines, "env_steps"), float)
+        values = np.array(runs.column(run.lines, metric), float)
+        kept = np.isfinite(values)
+        series.append((steps[kept], _smoothed(values[kept], smooth)))
+    if len(series) == 1:
+        return Curve(label, *series[0], None)
+    series = [(x, y) for x, y in series if x.size]
+    low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
+    grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
+    values = np.stack([np.interp(grid, x, y) for x, y in series])
+    return Curve(f"{label} ({len(series)} seeds)", grid, values.mean(0), values.std(0, ddof=1))
+
+
+def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    if width <= 1 or values.size == 0:
+        return values
+    return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(values.size)])
+
+
+def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> plt.Figure:
+    """One panel per metric against environment steps; bands are one standard deviation over seeds."""
+    groups = group_runs(loaded)
+    figure, axes = plt.subplots(len(metrics), 1, figsize=(7.0, 3.6 * len(metrics)), squeeze=False, sharex=True)
+    for axis, metric in zip(axes[:, 0], metrics, strict=True):
+        has_band = False
+        for index, (label, group) in enumerate(groups.items()):
+            line = curve(label, group, metric, smooth)
+            axis.plot(line.steps / 1e6, line.mean, color=f"C{index}", label=line.label)
+            if line.spread is not None:
+                has_band = True
+                low, high = line.mean - line.spread, line.mean + line.spread
+                axis.fill_between(line.steps / 1e6, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+        axis.set_ylabel(f"{metric}\n{UNITS.get(metric, UNITS.get(metric.split('.')[0], ''))}")
+        axis.grid(alpha=0.3)
+        title = "band: one standard deviation over seeds" if has_band else None
+        axis.legend(title=title, title_fontsize="small", fontsize="small")
+    axes[-1, 0].set_xlabel("environment steps (millions)")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,37 @@
+"""Plots metrics of runs: python plot.py --id 3,4,5 [--metric result.true,loss.encoding] [--out plots/comparison]"""
+
+from pathlib import Path
+
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line
+
+IDS = flags.DEFINE_list("id", [], "Numbers of runs under --root.")
+WORKDIRS = flags.DEFINE_list("workdir", [], "Directories of runs, besides or instead of --id.")
+ROOT = flags.DEFINE_string("root", "saved_runs", "Where numbered runs are.")
+METRICS = flags.DEFINE_list("metric", ["result.true"], "Metrics to plot, a panel each.")
+SMOOTH = flags.DEFINE_integer("smooth", 1, "Average over this many log lines; 1 does not smooth.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "File name without ending; PNG and SVG are written. Default: plots/<runs>.")
+
+
+def main() -> int:
+    from dvrl_jax import plotting, runs
+
+    paths = [Path(ROOT.value) / number for number in IDS.value] + [Path(name) for name in WORKDIRS.value]
+    if not paths:
+        raise runs.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
+    loaded = [plotting.load_run(path) for path in paths]
+    for metric in METRICS.value:
+        plotting.check_metric(loaded, metric)
+    figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
+    out = Path(OUT.value or f"plots/{'_'.join(path.name for path in paths)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for ending in ("png", "svg"):
+        figure.savefig(f"{out}.{ending}", dpi=150)
+        print(f"{out}.{ending}")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, default.get_config())
