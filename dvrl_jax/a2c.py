@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax.agents import AGENTS, Agent
+from dvrl_jax.agents import AGENTS, Agent, UpdateInfo
 from dvrl_jax.envs.base import Environment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 
@@ -208,6 +208,26 @@ def make_agent(config, env: Environment, key: Array) -> Agent:
     return AGENTS[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
 
 
+def first_actor(agent: Agent, env: EnvState) -> Actor:
+    """An actor with fresh beliefs for the episodes that `env` begins."""
+    num_envs = env.done.shape[0]
+    fresh = jnp.ones(num_envs, bool)
+    return Actor(env, agent.initial(num_envs), agent.initial_action(num_envs), fresh)
+
+
+def observe(agent: Agent, actor: Actor, draws: Any) -> tuple[Any, UpdateInfo, Array]:
+    """Updates the belief with the observation at hand, afresh where an episode starts.
+
+    Returns (belief, by-products, the previous action [B, A] that was used).
+    """
+    belief = agent.restart(actor.belief, actor.fresh)
+    first = agent.initial_action(actor.fresh.shape[0])
+    prev_action = jnp.where(actor.fresh[:, None], first, actor.prev_action)
+    inputs = agent.encode(actor.env.obs, prev_action)
+    belief, info = agent.update(belief, inputs, actor.env.obs, draws)
+    return belief, info, prev_action
+
+
 def make_learner(config, env: Environment) -> Learner:
     """Builds training for a configuration and an environment.
 
@@ -231,15 +251,6 @@ def make_learner(config, env: Environment) -> Learner:
         belief_key, action_key = jax.random.split(key)
         belief = agent_verbs.draw(belief_key, num_steps + 1, num_envs)
         return Draws(belief, jax.random.split(action_key, num_steps))
-
-    def observe(agent: Agent, actor: Actor, draws: Any):
-        """Updates the belief with the observation at hand, afresh where an episode starts."""
-        belief = agent.restart(actor.belief, actor.fresh)
-        first = agent.initial_action(num_envs)
-        prev_action = jnp.where(actor.fresh[:, None], first, actor.prev_action)
-        inputs = agent.encode(actor.env.obs, prev_action)
-        belief, info = agent.update(belief, inputs, actor.env.obs, draws)
-        return belief, info, prev_action
 
     def act(params: nnx.State, carry: tuple[Actor, nnx.State], draws: Draws):
         """One step: update the belief, choose an action, step the environment."""
@@ -353,12 +364,7 @@ def make_learner(config, env: Environment) -> Learner:
 
     def restart(state: TrainState, env_state: EnvState) -> TrainState:
         """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
-        actor = Actor(
-            env=env_state,
-            belief=agent_verbs.initial(num_envs),
-            prev_action=agent_verbs.initial_action(num_envs),
-            fresh=jnp.ones(num_envs, bool),
-        )
+        actor = first_actor(agent_verbs, env_state)
         _, outcome = jax.eval_shape(
             segment_loss, state.params, actor.belief.h, actor, state.batch_stats, jax.eval_shape(draw, state.key)
         )

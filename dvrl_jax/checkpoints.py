@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dvrl_jax.a2c import TrainState
@@ -88,6 +89,31 @@ class Checkpoints:
         arrays = self._manager.restore(step, args=restore)["state"]
         return Restored(_fill(template, arrays), extra["with_episodes"], extra)
 
+    def find(self, which: str) -> int:
+        """The update number that `which` means: "best", "latest" or the number itself.
+
+        Raises:
+            RunError: there is no such checkpoint; the message lists those there are.
+        """
+        step = {"best": self.best, "latest": self.latest}.get(which, int(which) if which.isdigit() else None)
+        steps = self._manager.all_steps()
+        if step not in steps:
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise RunError(f"{self.directory}: no checkpoint {which!r}; there are: {there}")
+        return step
+
+    def restore_weights(self, step: int, params: nnx.State, batch_stats: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """Restores parameters and batch-norm averages alone, into the shapes of the templates.
+
+        Raises:
+            RunError: they do not fit.
+        """
+        template = {"params": params, "batch_stats": batch_stats}
+        self._check_fit(step, _named_leaves(template))
+        arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+        filled = _fill(template, arrays)
+        return filled["params"], filled["batch_stats"]
+
     def _check_fit(self, step: int, expected: dict[str, jax.Array]) -> None:
         found = self._manager.item_metadata(step)["state"]
         for name, leaf in expected.items():
@@ -111,14 +137,14 @@ def _result(metrics: dict[str, float]) -> float:
     return metrics["result.true"]
 
 
-def _named_leaves(state: TrainState, with_episodes: bool) -> dict[str, jax.Array]:
+def _named_leaves(state: Any, with_episodes: bool = True) -> dict[str, jax.Array]:
     """The arrays to save by name; arrays without elements are nothing to save."""
     leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     skip = () if with_episodes else EPISODE_FIELDS
     return {name: leaf for name, leaf in leaves.items() if leaf.size and name.split(".")[0] not in skip}
 
 
-def _fill(template: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
+def _fill(template: Any, arrays: dict[str, jax.Array]) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(arrays.get(_name(path), leaf)), template)
 
 

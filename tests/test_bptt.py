@@ -25,7 +25,7 @@ def recorded_episodes(discrete: bool) -> Recording:
 
 
 def window_of(learner, state, num_segments):
-    """Acts for `num_segments` segments with fixed weights; returns (gradient, outcome, draws) per segment, and windows."""
+    """Acts for `num_segments` segments with fixed weights; returns what each did, and the windows."""
     gradient = jax.jit(learner.gradient)
     actor, window, results, windows = state.actor, state.window, [], []
     for segment in range(num_segments):

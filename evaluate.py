@@ -1,0 +1,32 @@
+"""Plays whole games with a trained agent: python evaluate.py --workdir=saved_runs/3 [--episodes=20] [--greedy]"""
+
+from pathlib import Path
+
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1)
+GREEDY = flags.DEFINE_boolean("greedy", False, "Take the most probable action instead of sampling.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
+SEED = flags.DEFINE_integer("seed", 1_000_000, "Fixes games and draws; other than in training by default.")
+
+
+def main() -> int:
+    from dvrl_jax import evaluation
+
+    path = Path(WORKDIR.value)
+    args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
+    result = evaluation.evaluate(path, default.get_config(), *args)
+    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
+    print(f"checkpoint of update {result['update']:,}, {result['episodes']} games")
+    print(f"return {result['mean']:.2f}{error} (mean and standard error)")
+    print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
+    print(f"{result['mean_length']:.0f} steps per game")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, default.get_config())

@@ -1,0 +1,126 @@
+"""Every option of the agents trains, predicts and means what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dvrl_jax import a2c
+from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents.base import Prediction
+from dvrl_jax.envs import ActionSpec
+from dvrl_jax.original_weights import from_original
+from tests.golden import Recording
+from tests.tiny import Recall, tiny_config
+
+NUM_ENVS, STEPS = 3, 8
+SHAPES = {"vector": (2,), "16": (16, 16, 1), "32": (32, 32, 1), "84": (84, 84, 1)}
+
+
+def recording(kind: str, discrete: bool) -> Recording:
+    rng = np.random.default_rng(1)
+    obs = rng.uniform(size=(STEPS + 1, NUM_ENVS, *SHAPES[kind])).astype(np.float32)
+    reward = rng.normal(size=(STEPS, NUM_ENVS)).astype(np.float32)
+    return Recording(obs, reward, rng.uniform(size=(STEPS, NUM_ENVS)) < 0.2, ActionSpec(discrete, 4))
+
+
+def channels(kind):
+    return (4, 3) if kind == "vector" else (2, 3, 4)
+
+
+OPTIONS = [
+    ("dvrl", "vector", True, {"model__batch_norm": True, "model__policy_batch_norm": True}),
+    ("dvrl", "vector", False, {"model__num_particles": 1}),
+    ("dvrl", "16", True, {"model__resample": False, "model__action_encoding": 0}),
+    ("dvrl", "32", False, {"model__detach_encoder": True, "model__batch_norm": True}),
+    ("dvrl", "84", True, {"optimizer__name": "adam", "loss__encoding_coef": 0.0}),
+    ("rnn", "vector", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5}),
+    ("rnn", "32", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5, "model__batch_norm": True}),
+    ("rnn", "16", False, {"model__action_encoding": 0, "bptt_segments": 1}),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "kind", "discrete", "fields"), OPTIONS)
+def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fields):
+    env = recording(kind, discrete)
+    config = tiny_config(algorithm, **fields)
+    config.model.channels = channels(kind)
+    learner = a2c.make_learner(config, env)
+    before = learner.init(jax.random.PRNGKey(0))
+    after = jax.jit(learner.run)(before, jnp.int32(3))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after.params))
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True)
+    ]
+    assert np.mean(moved) > 0.5
+    assert int(after.update) == 3 and int(after.env_steps) == 3 * NUM_ENVS * config.num_steps
+    assert ("particles.killed" in after.metrics.sums) == (algorithm == "dvrl" and config.model.resample)
+    agent = nnx.merge(learner.graphdef, after.params, after.batch_stats)
+    predictions = predict(agent, env)
+    assert set(predictions) == ({0, 2, 3} if algorithm == "dvrl" or config.model.obs_loss_coef else set())
+    for image in predictions.values():
+        assert image.shape == (NUM_ENVS, *SHAPES[kind]) and np.all(np.isfinite(image))
+        assert kind == "vector" or (image.min() >= 0 and image.max() <= 1)
+
+
+def predict(agent, env, times=(0, 2, 3)):
+    """Predictions after one observation."""
+    belief = agent.initial(NUM_ENVS)
+    action = agent.initial_action(NUM_ENVS)
+    inputs = agent.encode(env.obs[0], action)
+    draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(1), 1, NUM_ENVS))
+    after, info = agent.update(belief, inputs, env.obs[0], draws)
+    return agent.predict(Prediction(after, belief.h, info.trace, action), times, jax.random.PRNGKey(2))
+
+
+def test_prediction_zero_is_the_weighted_reconstruction():
+    env = recording("vector", True)
+    agent = a2c.make_agent(tiny_config("dvrl"), env, jax.random.PRNGKey(0))
+    belief, action = agent.initial(NUM_ENVS), agent.initial_action(NUM_ENVS)
+    inputs = agent.encode(env.obs[0], action)
+    draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(1), 1, NUM_ENVS))
+    after, info = agent.update(belief, inputs, env.obs[0], draws)
+    mean, _ = agent.emission_of(after.phi_z, pf.resample(belief.h, info.trace.ancestors), inputs)
+    weights = np.asarray(jax.nn.softmax(after.log_weight, axis=-1))
+    expected = np.sum(weights[..., None] * np.asarray(mean).reshape(NUM_ENVS, -1, 2), axis=1)
+    np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def belief_gradient(config):
+    """Largest gradients of the reinforcement learning loss: in the recurrence, and in the value head."""
+    env = recording("vector", True)
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(0))
+    draws = learner.draw(jax.random.PRNGKey(1))
+    grads, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, state.actor, state.window, draws)
+    largest = lambda tree: max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(tree))
+    return largest(grads["gru"]), largest(grads["value_head"])
+
+
+def test_detached_belief_gets_no_gradient_from_the_policy():
+    attached = belief_gradient(tiny_config("dvrl", loss__encoding_coef=0.0))
+    detached = belief_gradient(tiny_config("dvrl", loss__encoding_coef=0.0, model__detach_encoder=True))
+    assert attached[0] > 0 and detached[0] == 0 and detached[1] > 0
+
+
+def test_training_can_be_vmapped_over_seeds():
+    """The training step under vmap gives each seed what it gets alone."""
+    config = tiny_config("rnn")
+    learner = a2c.make_learner(config, Recall(config.num_envs))
+    keys = jax.random.split(jax.random.PRNGKey(0), 2)
+    together = jax.jit(lambda keys: jax.vmap(lambda key: learner.run(learner.init(key), jnp.int32(4)))(keys))(keys)
+    for i, key in enumerate(keys):
+        alone = jax.jit(lambda key: learner.run(learner.init(key), jnp.int32(4)))(key)
+        pairs = zip(jax.tree.leaves(alone.params), jax.tree.leaves(together.params), strict=True)
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b[i], rtol=1e-3, atol=1e-5)
+
+
+def test_foreign_weights_that_do_not_fit_are_named():
+    env = recording("vector", True)
+    agent = a2c.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match=r"there is no 'encoder\.0\.weight'"):
+        from_original(agent, {})
+    with pytest.raises(ValueError, match=r"'encoder\.0\.weight' has shape \(1, 1\)"):
+        from_original(agent, {"encoder.0.weight": np.zeros((1, 1))})
