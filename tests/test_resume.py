@@ -14,7 +14,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import config as config_lib
-from dvrl_jax import runs, training
+from dvrl_jax import evaluation, runs, training
 from tests.tiny import tiny_hike
 
 ROOT = Path(__file__).parent.parent
@@ -150,3 +150,22 @@ def test_pong_resumes_with_new_episodes_after_sigterm(tmp_path):
     final = checkpoint_arrays(tmp_path)
     assert int(final["update"]) == update + 15
     assert int(final["env_steps"]) == int(saved["env_steps"]) + 15 * 20
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
+    """Of many checkpoints, the last ones and the one with the highest result.true stay; evaluation finds it."""
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=200 * STEPS_PER_UPDATE, checkpoint__interval=20, checkpoint__keep=2)
+    results = {line["update"]: line["result.true"] for line in runs.read_metrics(tmp_path)}
+    saved = {update: result for update, result in results.items() if update % 20 == 0 and result is not None}
+    best = max(saved, key=saved.get)
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {180, 200, best}
+    summary = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
+    assert summary["update"] == best and summary["episodes"] == 7
+    assert summary["lengths"] == [75] * 7
+    assert json.loads((tmp_path / f"evaluation-{best}.json").read_text()) == summary
+    again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
+    assert again == summary
+    with pytest.raises(runs.RunError, match="there are"):
+        evaluation.evaluate(tmp_path, default.get_config(), 1, greedy=True, checkpoint="77", seed=0)
