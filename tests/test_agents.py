@@ -56,8 +56,9 @@ def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fiel
     assert np.mean(moved) > 0.5
     assert int(after.update) == 3 and int(after.env_steps) == 3 * NUM_ENVS * config.num_steps
     assert ("particles.killed" in after.metrics.sums) == (algorithm == "dvrl" and config.model.resample)
-    agent = nnx.merge(learner.graphdef, after.params, after.batch_stats)
-    predictions = predict(agent, env)
+    predictions = jax.jit(lambda *weights: predict(nnx.merge(learner.graphdef, *weights), env))(
+        after.params, after.batch_stats
+    )
     assert set(predictions) == ({0, 2, 3} if algorithm == "dvrl" or config.model.obs_loss_coef else set())
     for image in predictions.values():
         assert image.shape == (NUM_ENVS, *SHAPES[kind]) and np.all(np.isfinite(image))
