@@ -34,10 +34,9 @@ OPTIONS = [
     ("dvrl", "vector", False, {"model__num_particles": 1}),
     ("dvrl", "16", True, {"model__resample": False, "model__action_encoding": 0}),
     ("dvrl", "32", False, {"model__detach_encoder": True, "model__batch_norm": True}),
-    ("dvrl", "84", True, {"optimizer__name": "adam", "loss__encoding_coef": 0.0}),
     ("rnn", "vector", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5}),
     ("rnn", "32", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5, "model__batch_norm": True}),
-    ("rnn", "16", False, {"model__action_encoding": 0, "bptt_segments": 1}),
+    ("rnn", "84", False, {"model__action_encoding": 0, "bptt_segments": 1, "optimizer__name": "adam"}),
 ]
 
 
