@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax.agents import AGENTS, Agent, UpdateInfo
+from dvrl_jax.agents import AGENTS, Agent, UpdateInfo, bind
 from dvrl_jax.envs.base import Environment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 
@@ -242,8 +242,7 @@ def make_learner(config, env: Environment) -> Learner:
     graphdef, _, _ = nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)
 
     def agent_of(params, batch_stats) -> Agent:
-        # The copy belongs to the innermost transformation, so that batch norm may update its averages there.
-        return nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, batch_stats)))
+        return bind(graphdef, params, batch_stats)
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, checkpoints, compilation, envs, runs
 from dvrl_jax import config as config_lib
-from dvrl_jax.agents import Agent
+from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
 
 Array = jax.Array
@@ -86,7 +86,7 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
 
     def step(carry, key):
         actor, total, length, over = carry
-        player = nnx.merge(graphdef, weights)
+        player = bind(graphdef, weights)
         belief_key, action_key = jax.random.split(key)
         draws = jax.tree.map(lambda x: x[0], player.draw(belief_key, 1, env.num_envs))
         belief, _, _ = a2c.observe(player, actor, draws)

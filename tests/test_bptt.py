@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dvrl_jax import a2c
+from dvrl_jax.agents import bind
 from dvrl_jax.envs import ActionSpec
 from tests.golden import Recording
 from tests.tiny import tiny_config
@@ -48,7 +49,7 @@ def unrolled_loss(params, agent, config, env, results, first):
             belief = jax.lax.stop_gradient(belief)
         outputs = []
         for t in range(NUM_STEPS):
-            step_agent = nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, stats)))
+            step_agent = bind(graphdef, params, stats)
             belief = step_agent.restart(belief, segment.fresh[t])
             inputs = step_agent.encode(segment.obs[t], segment.prev_action[t])
             belief, info = step_agent.update(

@@ -1,9 +1,9 @@
 """The belief models. A new one is a subclass of `Agent` and a line in `AGENTS`."""
 
-from dvrl_jax.agents.base import Agent, Inputs, UpdateInfo
+from dvrl_jax.agents.base import Agent, Inputs, UpdateInfo, bind
 from dvrl_jax.agents.dvrl import DVRL
 from dvrl_jax.agents.rnn import RNN
 
 AGENTS: dict[str, type[Agent]] = {"dvrl": DVRL, "rnn": RNN}
 
-__all__ = ["AGENTS", "DVRL", "RNN", "Agent", "Inputs", "UpdateInfo"]
+__all__ = ["AGENTS", "DVRL", "RNN", "Agent", "Inputs", "UpdateInfo", "bind"]

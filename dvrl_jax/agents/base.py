@@ -73,6 +73,14 @@ class Prediction(NamedTuple):
     prev_action: Array
 
 
+def bind(graphdef: nnx.GraphDef, *states: nnx.State) -> "Agent":
+    """The agent with these weights and averages, for use inside one transformation (a jit, a scan, a vmap).
+
+    The containers are copied, so that batch norm may update its averages there and leaves those outside alone.
+    """
+    return nnx.merge(graphdef, *jax.tree.map(lambda x: x, states))
+
+
 class Agent(nnx.Module, abc.ABC):
     """Encoders, actor and critic; subclasses add the belief."""
 
