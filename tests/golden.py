@@ -76,6 +76,7 @@ class Golden:
         c.model.num_particles = sizes["num_particles"]
         c.model.batch_norm = c.model.policy_batch_norm = sizes["batch_norm"]
         c.model.obs_loss_coef = sizes["rnn_obs_loss_coef"]
+        c.model.resample = sizes["encoding_loss_coef"] > 0
         c.loss.gamma, c.loss.value_coef = sizes["gamma"], sizes["value_loss_coef"]
         c.loss.entropy_coef, c.loss.encoding_coef = sizes["entropy_coef"], sizes["encoding_loss_coef"]
         return c

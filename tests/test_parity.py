@@ -38,7 +38,7 @@ def belief_updates(golden):
         out = {}
         if golden.is_dvrl:
             draws = type(golden.draws(0).belief)(jnp.asarray(data["u"][t, :, 0]), jnp.asarray(data["eps_z"][t]))
-            h_before = belief.h
+            ancestors, h_before = pf.systematic_ancestors(belief.log_weight, draws.u), belief.h
             belief, info = agent.update(belief, inputs, obs, draws)
             step = agent.advance(h_before, inputs, info.trace)
             prior_mean, prior_var = agent.prior_of(step.h_prev, inputs)
@@ -46,7 +46,7 @@ def belief_updates(golden):
             prior_loss = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
             prior_loss -= pf.normal_log_prob(step.z, prior_mean, prior_var)
             out = {
-                "ancestors": info.trace.ancestors,
+                "ancestors": ancestors,
                 "proposal_mean": step.proposal_mean,
                 "proposal_var": step.proposal_var,
                 "prior_mean": prior_mean,
