@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dvrl_jax.config import ConfigError, check_fields
+from dvrl_jax.runs import RunError
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
 
@@ -47,8 +48,6 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
         del argv
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # Orbax reports every file that it touches.
-        from dvrl_jax.runs import RunError
-
         try:
             return main()
         except (ConfigError, RunError) as error:
