@@ -8,6 +8,9 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="dvrl_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Most of a test's time is compilation: leave out what makes the machine code fast. The programs stay the same.
+_quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_quick}"
 
 
 def pytest_addoption(parser):
