@@ -4,7 +4,11 @@ A *segment* is `num_steps` environment steps followed by one update of the weigh
 segments. The i-th update of a window sends its gradient back through its own segment and then through the i earlier
 segments of the window, under the current weights. The recurrent state is detached where a window starts.
 
-`make_learner` returns the two pure functions that training consists of. Everything between two log lines, the
+An update first *acts* for a segment, without gradients, and keeps what was computed on the way. Then it *learns*: the
+recurrence of the segment is unrolled once more, all else is computed for all steps at once, and this is what is
+differentiated (see `tape.py` for why the second pass is nearly free).
+
+`make_learner` returns the pure functions that training consists of. Everything between two log lines, the
 environments included, is one call of `Learner.run`.
 """
 
@@ -17,9 +21,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax.agents import AGENTS, Agent, UpdateInfo, bind
+from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind
 from dvrl_jax.envs.base import Environment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
+from dvrl_jax.tape import Player, Recorder
 
 Array = jax.Array
 
@@ -95,12 +100,21 @@ def make_optimizer(config) -> optax.GradientTransformation:
 # --- State -----------------------------------------------------------------------------------------------------------
 
 
+class Notes(NamedTuple):
+    """What the layers computed in T steps, by tape (see `agents.Tapes`): tuples of arrays [T, ...]."""
+
+    encode: tuple
+    transition: tuple
+    weigh: tuple
+
+
 class Segment(NamedTuple):
-    """What replaying a segment's recurrent state takes.
+    """What unrolling a segment's recurrence again takes.
 
     Attributes:
         h: [B, ...] recurrent state before the first step.
         obs: [T, B, ...]. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of [T, B, ...].
+        notes: what encoder and recurrence computed; those of `weigh` are left out.
     """
 
     h: Array
@@ -108,6 +122,7 @@ class Segment(NamedTuple):
     prev_action: Array
     fresh: Array
     trace: Any
+    notes: Notes
 
 
 class Window(NamedTuple):
@@ -160,32 +175,42 @@ class Draws(NamedTuple):
     action: Array | None = None
 
 
+class Rollout(NamedTuple):
+    """What acting for a segment leaves.
+
+    Attributes:
+        actor, batch_stats: after the segment.
+        segment: for unrolling it again. weigh_notes: the notes that `segment` leaves out.
+        action: [T, B, ...] taken. env: [T, B] outcomes of the steps; obs and inner left out.
+        bootstrap: [B], the value of the last observation.
+    """
+
+    actor: Actor
+    batch_stats: nnx.State
+    segment: Segment
+    weigh_notes: tuple
+    action: Array
+    env: EnvState
+    bootstrap: Array
+
+
 class Steps(NamedTuple):
-    """Per-step outputs of a rollout, each [T, B]; `metrics` maps names to [T, B]."""
+    """What learning sees of each step, each [T, B]; `metrics` maps names to [T, B]."""
 
     value: Array
     log_prob: Array
     entropy: Array
     encoding_loss: Array
-    env: EnvState  # obs and inner left out
     metrics: dict[str, Array]
 
 
 class Outcome(NamedTuple):
-    """All that happened in one segment.
+    """All that happened in one update: the rollout, each step as learned from, the losses and the returns [T, B]."""
 
-    Attributes:
-        actor, batch_stats: after the segment. steps: what it did. losses: of it. segment: what replaying it takes.
-        returns: [T, B]. bootstrap: [B], the value of the last observation.
-    """
-
-    actor: Actor
-    batch_stats: nnx.State
+    rollout: Rollout
     steps: Steps
     losses: Losses
-    segment: Segment
     returns: Array
-    bootstrap: Array
 
 
 class Learner(NamedTuple):
@@ -215,7 +240,7 @@ def first_actor(agent: Agent, env: EnvState) -> Actor:
     return Actor(env, agent.initial(num_envs), agent.initial_action(num_envs), fresh)
 
 
-def observe(agent: Agent, actor: Actor, draws: Any) -> tuple[Any, UpdateInfo, Array]:
+def observe(agent: Agent, actor: Actor, draws: Any, tapes: Tapes = NO_TAPES) -> tuple[Any, UpdateInfo, Array]:
     """Updates the belief with the observation at hand, afresh where an episode starts.
 
     Returns (belief, by-products, the previous action [B, A] that was used).
@@ -223,8 +248,8 @@ def observe(agent: Agent, actor: Actor, draws: Any) -> tuple[Any, UpdateInfo, Ar
     belief = agent.restart(actor.belief, actor.fresh)
     first = agent.initial_action(actor.fresh.shape[0])
     prev_action = jnp.where(actor.fresh[:, None], first, actor.prev_action)
-    inputs = agent.encode(actor.env.obs, prev_action)
-    belief, info = agent.update(belief, inputs, actor.env.obs, draws)
+    inputs = agent.encode(actor.env.obs, prev_action, tapes.encode)
+    belief, info = agent.update(belief, inputs, actor.env.obs, draws, tapes)
     return belief, info, prev_action
 
 
@@ -255,67 +280,79 @@ def make_learner(config, env: Environment) -> Learner:
         """One step: update the belief, choose an action, step the environment."""
         actor, batch_stats = carry
         agent = agent_of(params, batch_stats)
-        belief, info, prev_action = observe(agent, actor, draws.belief)
-        policy, value = agent.heads(belief)
+        tapes = Tapes(Recorder(), Recorder(), Recorder())
+        belief, info, prev_action = observe(agent, actor, draws.belief, tapes)
+        policy = agent.policy(agent.policy_features(belief, tapes.weigh))
         action = policy.sample(seed=draws.action_keys) if draws.action is None else draws.action
-        action = jax.lax.stop_gradient(action)
-        env = env_step(actor.env, action)
+        outcome = env.step(actor.env, action)
         # A transition that ends an episode, or a call that delivered a new episode's first frame.
-        fresh = env.done | ~env.transition
-        outcome = env._replace(inner=(), obs=())
-        steps = Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, outcome, info.metrics)
-        replay = (actor.env.obs, prev_action, actor.fresh, info.trace)
-        actor = Actor(env, belief, agent.action_vector(action), fresh)
-        return (actor, nnx.state(agent, nnx.BatchStat)), (steps, jax.lax.stop_gradient(replay))
+        fresh = outcome.done | ~outcome.transition
+        notes = Notes(*(tape.notes for tape in tapes))
+        kept = (actor.env.obs, prev_action, actor.fresh, info.trace, notes._replace(weigh=()))
+        actor = Actor(outcome, belief, agent.action_vector(action), fresh)
+        outcome = outcome._replace(inner=(), obs=())
+        return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, action, outcome)
 
-    def env_step(state: EnvState, action: Array) -> EnvState:
-        return jax.lax.stop_gradient(env.step(state, action))
-
-    def bootstrap_value(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Any) -> Array:
-        """Value [B] of the latest observation, by one more belief update that leaves no trace."""
-        agent = agent_of(params, batch_stats)
-        belief, _, _ = observe(agent, actor, draws)
-        return jax.lax.stop_gradient(agent.heads(belief)[1])
-
-    def segment_loss(params: nnx.State, h: Array, actor: Actor, batch_stats: nnx.State, draws: Draws):
-        """Acts for one segment from recurrent state h; returns (its loss, Outcome)."""
-        start = actor._replace(belief=actor.belief._replace(h=h))
+    def roll_out(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Draws) -> Rollout:
+        """Acts for one segment; no gradient is taken of this."""
         step_draws = draws._replace(belief=jax.tree.map(lambda x: x[:-1], draws.belief))
-        (end, batch_stats), (steps, replay) = jax.lax.scan(
-            lambda carry, x: act(params, carry, x), (start, batch_stats), step_draws
+        (end, batch_stats), (kept, *rest) = jax.lax.scan(
+            lambda carry, x: act(params, carry, x), (actor, batch_stats), step_draws
         )
-        last_draws = jax.tree.map(lambda x: x[-1], draws.belief)
-        fixed = jax.lax.stop_gradient((params, batch_stats, end))
-        bootstrap = bootstrap_value(*fixed, last_draws)
-        returns = n_step_returns(steps.env.reward, steps.env.done, bootstrap, gamma)
-        mask = steps.env.transition
-        losses = a2c_losses(*steps[:4], returns, mask, config.loss)
-        segment = Segment(actor.belief.h, *replay)
-        return losses.total, Outcome(end, batch_stats, steps, losses, segment, returns, bootstrap)
+        # The value of the latest observation, by one more belief update that leaves no trace.
+        agent = agent_of(params, batch_stats)
+        belief, _, _ = observe(agent, end, jax.tree.map(lambda x: x[-1], draws.belief))
+        bootstrap = agent.value(agent.policy_features(belief))
+        return Rollout(end, batch_stats, Segment(actor.belief.h, *kept), *rest, bootstrap)
 
-    def replay(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> Array:
-        """The recurrent state after a segment, from the one before it: encoder and transition, nothing else."""
-        encode = lambda *x: agent_of(params, batch_stats).encode(*x)
-        inputs = jax.vmap(encode)(segment.obs, segment.prev_action)
+    def unroll(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
+        """Encoder and recurrence of a segment again, from recurrent state h, for the gradient.
 
-        def step(h, x):
-            fresh, inputs, trace = x
+        Returns the inputs and the steps of the recurrence, each with leading axis T.
+        """
+
+        def encode(obs, prev_action, notes):
+            return agent_of(params, batch_stats).encode(obs, prev_action, Player(notes))
+
+        def transition(h, x):
+            fresh, inputs, trace, notes = x
             agent = agent_of(params, batch_stats)
-            h = agent.restart(h, fresh)
-            return agent.transition(h, inputs, trace), None
+            step = agent.transition(agent.restart(h, fresh), inputs, trace, Player(notes))
+            return step.h, step
 
-        return jax.lax.scan(step, h, (segment.fresh, inputs, segment.trace))[0]
+        notes = segment.notes
+        inputs = jax.vmap(encode)(segment.obs, segment.prev_action, notes.encode)
+        _, steps = jax.lax.scan(transition, h, (segment.fresh, inputs, segment.trace, notes.transition))
+        return inputs, steps
+
+    def segment_loss(params: nnx.State, h: Array, batch_stats: nnx.State, rollout: Rollout) -> tuple[Array, Outcome]:
+        """The loss of a segment, as a function of the weights and of the recurrent state h before it."""
+        segment = rollout.segment
+
+        def judge(step, inputs, trace, obs, action, notes):
+            agent, tape = agent_of(params, batch_stats), Player(notes)
+            belief, info = agent.weigh(step, inputs, trace, obs, tape)
+            features = agent.policy_features(belief, tape)
+            policy, value = agent.policy(features), agent.value(features)
+            return Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, info.metrics)
+
+        inputs, steps = unroll(params, h, batch_stats, segment)
+        steps = jax.vmap(judge)(steps, inputs, segment.trace, segment.obs, rollout.action, rollout.weigh_notes)
+        returns = n_step_returns(rollout.env.reward, rollout.env.done, rollout.bootstrap, gamma)
+        losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
+        return losses.total, Outcome(rollout, steps, losses, returns)
 
     def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
         """Acts for a segment; gradient of its loss through it and all earlier segments of the window."""
+        rollout = roll_out(params, batch_stats, actor, draws)
         (grads, h_grad), outcome = jax.grad(segment_loss, argnums=(0, 1), has_aux=True)(
-            params, actor.belief.h, actor, batch_stats, draws
+            params, rollout.segment.h, batch_stats, rollout
         )
 
         def earlier(i, carry):
             grads, h_grad = carry
             segment = jax.tree.map(lambda x: x[window.length - 1 - i], window.segments)
-            _, vjp = jax.vjp(lambda p, h: replay(p, h, batch_stats, segment), params, segment.h)
+            _, vjp = jax.vjp(lambda p, h: unroll(p, h, batch_stats, segment)[1].h[-1], params, segment.h)
             more, h_grad = vjp(h_grad)
             return jax.tree.map(jnp.add, grads, more), h_grad
 
@@ -333,10 +370,11 @@ def make_learner(config, env: Environment) -> Learner:
 
     def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
         """The metrics of one update, by the names under which they are logged."""
-        steps, mask = outcome.steps, outcome.steps.env.transition
+        steps, env = outcome.steps, outcome.rollout.env
+        mask = env.transition
         measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
         measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
-        measured["obs.avg_nr_observed"] = masked_mean(steps.env.observed.astype(jnp.float32), mask)
+        measured["obs.avg_nr_observed"] = masked_mean(env.observed.astype(jnp.float32), mask)
         measured["gradient.norm"] = optax.tree.norm(grads)
         return measured
 
@@ -345,17 +383,18 @@ def make_learner(config, env: Environment) -> Learner:
         draws = draw(jax.random.fold_in(state.key, state.update))
         grads, outcome = gradient(state.params, state.batch_stats, state.actor, state.window, draws)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rollout = outcome.rollout
         return TrainState(
             params=optax.apply_updates(state.params, updates),
-            batch_stats=outcome.batch_stats,
+            batch_stats=rollout.batch_stats,
             opt_state=opt_state,
-            actor=outcome.actor,
-            window=push(state.window, outcome.segment),
-            episodes=state.episodes.add(outcome.steps.env),
+            actor=rollout.actor,
+            window=push(state.window, rollout.segment),
+            episodes=state.episodes.add(rollout.env),
             metrics=state.metrics.add(measure(grads, outcome)),
             key=state.key,
             update=state.update + 1,
-            env_steps=state.env_steps + jnp.sum(outcome.steps.env.transition, dtype=jnp.uint32),
+            env_steps=state.env_steps + jnp.sum(rollout.env.transition, dtype=jnp.uint32),
         )
 
     def run(state: TrainState, num_updates: Array) -> TrainState:
@@ -364,10 +403,10 @@ def make_learner(config, env: Environment) -> Learner:
     def restart(state: TrainState, env_state: EnvState) -> TrainState:
         """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
         actor = first_actor(agent_verbs, env_state)
-        _, outcome = jax.eval_shape(
-            segment_loss, state.params, actor.belief.h, actor, state.batch_stats, jax.eval_shape(draw, state.key)
-        )
-        segments = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), outcome.segment)
+        draws = jax.eval_shape(draw, state.key)
+        rollout = jax.eval_shape(roll_out, state.params, state.batch_stats, actor, draws)
+        _, outcome = jax.eval_shape(segment_loss, state.params, actor.belief.h, state.batch_stats, rollout)
+        segments = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), rollout.segment)
         window = Window(segments, jnp.zeros((), jnp.int32))
         metrics = state.metrics or Metrics.empty(jax.eval_shape(measure, state.params, outcome))
         state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dvrl_jax.tape import NO_TAPE, Tape
+
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
 VARIANCE_FLOOR = 1e-10  # Far below any variance that matters; keeps 1/var and its gradient finite in float32.
@@ -73,15 +75,15 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
 
-    def __call__(self, x: Array, use_running_average: bool = False) -> Array:
+    def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Normalises x [..., C]."""
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
             axes = tuple(range(x.ndim - 1))
             count = math.prod(x.shape[:-1])
-            mean = jnp.mean(x, axes)
-            var = jnp.mean(jnp.square(x - mean), axes)
+            mean = tape(jnp.mean(x, axes))
+            var = tape(jnp.mean(jnp.square(x - mean), axes))
             self.mean[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(mean) - self.mean[...])
             unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
             self.var[...] += BATCH_NORM_MOMENTUM * (unbiased - self.var[...])
@@ -90,14 +92,15 @@ class BatchNorm(nnx.Module):
 
 
 class Activation(nnx.Module):
-    """ReLU, preceded by batch normalisation if `batch_norm`."""
+    """ReLU, preceded by batch normalisation if `batch_norm`; `tape` (see `tape.py`) gets the layer's product."""
 
     def __init__(self, features: int, batch_norm: bool):
         self.norm = BatchNorm(features) if batch_norm else None
 
-    def __call__(self, x: Array, use_running_average: bool = False) -> Array:
+    def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
+        x = tape(x)
         if self.norm is not None:
-            x = self.norm(x, use_running_average)
+            x = self.norm(x, use_running_average, tape)
         return jax.nn.relu(x)
 
 
@@ -108,9 +111,9 @@ class Normal(nnx.Module):
         self.mean = Linear({"x": inputs}, features, rngs=rngs)
         self.var = Linear({"x": inputs}, features, rngs=rngs)
 
-    def __call__(self, x: Array) -> tuple[Array, Array]:
+    def __call__(self, x: Array, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
         """Maps x [..., inputs] to (mean, variance), each [..., features]."""
-        return self.mean(x=x), jax.nn.softplus(self.var(x=x)) + VARIANCE_FLOOR
+        return tape(self.mean(x=x)), jax.nn.softplus(tape(self.var(x=x))) + VARIANCE_FLOOR
 
 
 class GRUCell(nnx.Module):
@@ -142,10 +145,10 @@ class GRUCell(nnx.Module):
         """Returns the input's part of the gates, `sum_i x_i W_i` [..., 3H], without the bias."""
         return sum(x @ self.kernel_i[name][...] for name, x in inputs.items())
 
-    def __call__(self, h: Array, product: Array) -> Array:
+    def __call__(self, h: Array, product: Array, tape: Tape = NO_TAPE) -> Array:
         """Returns the next h [..., H] from h [..., H] and the input's `product` [..., 3H]."""
-        gates_i = product + self.bias_i[...]
-        gates_h = h @ self.kernel_h[...] + self.bias_h[...]
+        gates_i = tape(product + self.bias_i[...])
+        gates_h = tape(h @ self.kernel_h[...] + self.bias_h[...])
         r_i, z_i, n_i = jnp.split(gates_i, 3, axis=-1)
         r_h, z_h, n_h = jnp.split(gates_h, 3, axis=-1)
         r = jax.nn.sigmoid(r_i + r_h)
@@ -367,11 +370,11 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.activations = nnx.List([Activation(size, batch_norm) for size in channels])
 
-    def __call__(self, obs: Array, use_running_average: bool = False) -> Array:
+    def __call__(self, obs: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Encodes obs [B, H, W, C] or [B, D] as phi_o [B, F]."""
         x = obs
         for layer, activation in zip(self.layers, self.activations, strict=True):
-            x = activation(layer(x) if self.is_image else layer(x=x), use_running_average)
+            x = activation(layer(x) if self.is_image else layer(x=x), use_running_average, tape)
         return x.reshape(x.shape[0], -1)
 
 
@@ -389,18 +392,13 @@ class ImageDecoder(nnx.Module):
         self.layers = nnx.List([ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)])
         self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
 
-    def __call__(self, features: Array, use_running_average: bool = False) -> Array:
+    def __call__(self, features: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on."""
-
-        # Only what comes out of the convolutions is kept for the gradient; the rest is cheaper to compute again.
-        @nnx.remat
-        def activate(activation, image, layer):
-            return layer.blocks(activation(image, use_running_average))
-
         x = self.layers[0].blocks(features.reshape(-1, *self.input_shape))
         for i, activation in enumerate(self.activations):
-            x = activate(activation, self.layers[i].unblock(x), self.layers[i + 1])
-        return x
+            x = activation(self.layers[i].unblock(x), use_running_average, tape)
+            x = self.layers[i + 1].blocks(x)
+        return tape(x)
 
     def to_blocks(self, images: Array) -> tuple[Array, Array | None]:
         """Puts images [N, H, W, C] in the order of the logits; the second value masks the border (None without one)."""
@@ -425,9 +423,9 @@ class VectorDecoder(nnx.Module):
         self.activation = Activation(channels[0], batch_norm)
         self.head = Normal(channels[0], obs_shape[0], rngs=rngs)
 
-    def __call__(self, features: Array, use_running_average: bool = False) -> tuple[Array, Array]:
+    def __call__(self, features: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
         """Decodes features [N, F] into (mean, variance), each [N, D]."""
-        return self.head(self.activation(self.hidden(x=features), use_running_average))
+        return self.head(self.activation(self.hidden(x=features), use_running_average, tape), tape)
 
 
 def make_decoder(obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):

@@ -429,9 +429,9 @@ class Training(NamedTuple):
             draws = self.learner.draw(jax.random.key(segment))
             grads, outcome = self.gradient(state.params, state.batch_stats, actor, window, draws)
             transition = ~LATE[segment * T : (segment + 1) * T]
-            np.testing.assert_array_equal(outcome.steps.env.transition, transition)
+            np.testing.assert_array_equal(outcome.rollout.env.transition, transition)
             results.append((outcome.losses, grads, np.asarray(outcome.returns)[transition]))
-            actor, window = outcome.actor, self.learner.push(window, outcome.segment)
+            actor, window = outcome.rollout.actor, self.learner.push(window, outcome.rollout.segment)
         return jax.tree.map(np.asarray, results)
 
 
@@ -473,7 +473,7 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     without = gradient(state.params, state.batch_stats, playing, state.window, fewer)
 
     for _, outcome in (with_late, without):
-        assert int(outcome.steps.env.transition.sum()) == B * (T - 1)
+        assert int(outcome.rollout.env.transition.sum()) == B * (T - 1)
     compared = [(grads, x.losses, x.bootstrap, x.actor.belief) for grads, x in (with_late, without)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *compared)
 

@@ -34,14 +34,14 @@ def window_of(learner, state, num_segments):
         grads, outcome = gradient(state.params, state.batch_stats, actor, window, draws)
         windows.append((actor, window, draws))
         results.append((grads, outcome, draws))
-        actor, window = outcome.actor, learner.push(window, outcome.segment)
+        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
     return results, windows
 
 
 def unrolled_loss(params, agent, config, env, results, first):
     """The last segment's loss as one plain computation from the start of segment `first`: no window, no replay."""
     graphdef, _, stats = nnx.split(agent, nnx.Param, ...)
-    segments = [outcome.segment for _, outcome, _ in results]
+    segments = [outcome.rollout.segment for _, outcome, _ in results]
     belief = agent.initial(NUM_ENVS)
     for index in range(len(results)):
         segment, draws = segments[index], results[index][2]
@@ -119,7 +119,7 @@ def test_window_fills_and_starts_anew(case):
     lengths = []
     for _ in range(2 * MOST_SEGMENTS):
         lengths.append(int(window.length))
-        window = learner.push(window, results[0][1].segment)
+        window = learner.push(window, results[0][1].rollout.segment)
     assert lengths == [0, 1, 2, 3, 4] * 2
 
 

@@ -40,7 +40,7 @@ def belief_updates(golden):
             draws = type(golden.draws(0).belief)(jnp.asarray(data["u"][t, :, 0]), jnp.asarray(data["eps_z"][t]))
             ancestors, h_before = pf.systematic_ancestors(belief.log_weight, draws.u), belief.h
             belief, info = agent.update(belief, inputs, obs, draws)
-            step = agent.advance(h_before, inputs, info.trace)
+            step = agent.transition(h_before, inputs, info.trace)
             prior_mean, prior_var = agent.prior_of(step.h_prev, inputs)
             emission = agent.emission_of(step.phi_z, step.h_prev, inputs)
             prior_loss = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
@@ -95,7 +95,7 @@ def run_segments(golden):
     for segment in range(2):
         grads, outcome = gradient(state.params, state.batch_stats, actor, window, golden.draws(segment))
         yield jax.tree.map(np.asarray, (grads, outcome))
-        actor, window = outcome.actor, learner.push(window, outcome.segment)
+        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
 
 
 def norm(leaves):
@@ -121,7 +121,7 @@ def test_segments_losses_and_gradients(golden, golden_path):
         name = f"segment{segment}"
         assert_close(outcome.losses, data[f"{name}/loss"], f"{name}/loss")
         assert_close(outcome.returns[..., None], data[f"{name}/returns"], f"{name}/returns")
-        assert_close(outcome.bootstrap[:, None], data[f"bootstrap{segment}/value"], f"bootstrap{segment}/value")
+        assert_close(outcome.rollout.bootstrap[:, None], data[f"bootstrap{segment}/value"], f"bootstrap{segment}/value")
         roundings = jax.tree.map(lambda a, b: a - b, grads, exact[segment][0])
         total_rounding = 5 * norm(jax.tree.leaves(roundings))
         grad_norm = norm(jax.tree.leaves(grads))

@@ -3,16 +3,18 @@
 An agent is an NNX module with these verbs (shapes: `B` environments, `A` actions):
 
     initial(B)                                       the belief before the first observation
-    encode(obs, prev_action)                         what the step's inputs contribute, once per environment
-    draw(key, steps, B)                              the random numbers that `steps` belief updates need
-    update(belief, inputs, obs, draws)               the belief after one more observation, with its losses
-    transition(h, inputs, trace)                     the same step's recurrent state alone, replayed from its trace
-    summarise(belief)                                one vector per environment for actor and critic
-    heads(belief)                                    the policy and the value
-    predict(last, times, key)                        observations expected some steps ahead
+    encode(obs, prev_action)             what the step's inputs contribute, once per environment
+    draw(key, steps, B)                  the random numbers that `steps` belief updates need
+    choose(belief, draws)                the trace: all draws and discrete choices of the next step, no gradient
+    transition(h, inputs, trace)         the step of the recurrence, and nothing that only losses and heads need
+    weigh(step, inputs, trace, obs)      the belief after the step, with the loss that trains it
+    update(belief, inputs, obs, draws)   choose, transition and weigh: one more observation taken in
+    summarise(belief)                    one vector per environment for actor and critic
+    heads(belief)                        the policy and the value
+    predict(last, times, key)            observations expected some steps ahead
 
-`transition` is the path along which gradients cross segments: given the draws and choices that `update` recorded in
-its trace, it must compute the same `h`, without anything that only losses and heads need.
+`transition` is the only path along which gradients cross steps and segments. `encode`, `transition`, `weigh` and
+`summarise` take a tape besides, to which they hand their costly products, always in the same order (see `tape.py`).
 """
 
 import abc
@@ -26,6 +28,7 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
+from dvrl_jax.tape import NO_TAPE, Tape
 
 Array = jax.Array
 
@@ -36,7 +39,7 @@ class UpdateInfo(NamedTuple):
     """By-products of one belief update.
 
     Attributes:
-        trace: pytree, what `transition` needs to replay the step; no gradient passes.
+        trace: pytree, what `transition` needs to take the step again; no gradient passes.
         encoding_loss: [B] loss that trains the belief itself (-ELBO for DVRL).
         metrics: scalars or [B] arrays by metric name.
     """
@@ -44,6 +47,17 @@ class UpdateInfo(NamedTuple):
     trace: Any
     encoding_loss: Array
     metrics: dict[str, Array]
+
+
+class Tapes(NamedTuple):
+    """The tapes of one belief update and its summary."""
+
+    encode: Tape = NO_TAPE
+    transition: Tape = NO_TAPE
+    weigh: Tape = NO_TAPE
+
+
+NO_TAPES = Tapes()
 
 
 class Inputs(NamedTuple):
@@ -115,10 +129,10 @@ class Agent(nnx.Module, abc.ABC):
         if not action.discrete:
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
-    def encode(self, obs: Array, prev_action: Array) -> Inputs:
+    def encode(self, obs: Array, prev_action: Array, tape: Tape = NO_TAPE) -> Inputs:
         """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
-        phi_a = self.encode_action(prev_action)
-        encoded = {"obs": self.encoder(self.as_float(obs), self.use_running_average)}
+        phi_a = self.encode_action(prev_action, tape)
+        encoded = {"obs": self.encoder(self.as_float(obs), self.use_running_average, tape)}
         if phi_a is not None:
             encoded["action"] = phi_a
         return Inputs(self.drive(encoded), phi_a)
@@ -127,12 +141,12 @@ class Agent(nnx.Module, abc.ABC):
     def drive(self, encoded: dict[str, Array]) -> Any:
         """Products of the encoded inputs, `obs` [B, F] and `action` [B, E], with the recurrence's kernels."""
 
-    def encode_action(self, prev_action: Array) -> Array | None:
+    def encode_action(self, prev_action: Array, tape: Tape = NO_TAPE) -> Array | None:
         """phi_a [B, E] of prev_action [B, A]; None without action encoding."""
         chex.assert_rank(prev_action, 2)
         if not self.action_sizes:
             return None
-        return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average)
+        return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average, tape)
 
     @staticmethod
     def as_float(obs: Array) -> Array:
@@ -153,9 +167,9 @@ class Agent(nnx.Module, abc.ABC):
         features = self.policy_features(belief)
         return self.policy(features), self.value(features)
 
-    def policy_features(self, belief: Any) -> Array:
+    def policy_features(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
         """What actor and critic see, [B, H]: the belief's summary, batch-normalised if so configured."""
-        features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief)
+        features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief, tape)
         if self.summary_norm is not None:
             features = self.summary_norm(features, self.use_running_average)
         return features
@@ -189,16 +203,28 @@ class Agent(nnx.Module, abc.ABC):
     def draw(self, key: Array, steps: int, num_envs: int) -> Any:
         """Draws what `steps` updates need: a pytree of arrays [steps, B, ...], () if nothing."""
 
-    @abc.abstractmethod
-    def update(self, belief: Any, inputs: Inputs, obs: Array, draws: Any) -> tuple[Any, UpdateInfo]:
+    def update(
+        self, belief: Any, inputs: Inputs, obs: Array, draws: Any, tapes: Tapes = NO_TAPES
+    ) -> tuple[Any, UpdateInfo]:
         """Takes obs [B, ...] and its encoded inputs into the belief."""
+        trace = self.choose(belief, draws)
+        step = self.transition(belief.h, inputs, trace, tapes.transition)
+        return self.weigh(step, inputs, trace, obs, tapes.weigh)
 
     @abc.abstractmethod
-    def transition(self, h: Array, inputs: Inputs, trace: Any) -> Array:
-        """Recomputes the `h` that `update` found from the previous `h`, the inputs and the recorded trace."""
+    def choose(self, belief: Any, draws: Any) -> Any:
+        """The trace of the next step: whatever draws and discrete choices `transition` depends on."""
 
     @abc.abstractmethod
-    def summarise(self, belief: Any) -> Array:
+    def transition(self, h: Array, inputs: Inputs, trace: Any, tape: Tape = NO_TAPE) -> Any:
+        """One step from the recurrent state `h`: a named tuple with the next `h` and what `weigh` needs."""
+
+    @abc.abstractmethod
+    def weigh(self, step: Any, inputs: Inputs, trace: Any, obs: Array, tape: Tape = NO_TAPE) -> tuple[Any, UpdateInfo]:
+        """The belief after a step that met obs [B, ...], and how well it foresaw it."""
+
+    @abc.abstractmethod
+    def summarise(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
         """The belief as one vector per environment, [B, H]."""
 
     @abc.abstractmethod

@@ -9,6 +9,7 @@ from flax import nnx
 from dvrl_jax import networks
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
+from dvrl_jax.tape import NO_TAPE, Tape
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ class Draws(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What replaying a step takes: ancestors [B, K] int32 (None without resampling) and eps [B, K, Z]."""
+    """What a step depends on: ancestors [B, K] int32 (None without resampling) and eps [B, K, Z]."""
 
     ancestors: Array | None
     eps: Array
@@ -49,7 +50,7 @@ class Drive(NamedTuple):
 
 
 class Step(NamedTuple):
-    """All intermediate quantities of one belief update, as the paper names them."""
+    """The particles of one step, as the paper names them: resampled h, proposal q(z), z, phi_z and the next h."""
 
     h_prev: Array
     proposal_mean: Array
@@ -96,53 +97,54 @@ class DVRL(Agent):
         u = jax.random.uniform(u_key, (steps, num_envs))
         return Draws(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
 
-    def update(self, belief: Belief, inputs: Inputs, obs: Array, draws: Draws) -> tuple[Belief, UpdateInfo]:
-        """Resample, propose, advance, weigh. Draws: u [B], eps [B, K, Z]."""
+    def choose(self, belief: Belief, draws: Draws) -> Trace:
+        """Resamples: which particles go on, and the noise of their z. Draws: u [B], eps [B, K, Z]."""
         ancestors = pf.systematic_ancestors(belief.log_weight, draws.u) if self.resampling else None
-        trace = Trace(ancestors, draws.eps)
-        step = self.advance(belief.h, inputs, trace)
+        return Trace(ancestors, draws.eps)
+
+    def transition(self, h: Array, inputs: Inputs, trace: Trace, tape: Tape = NO_TAPE) -> Step:
+        """Copies h [B, K, H] of the chosen ancestors, draws z from the proposal, and advances h."""
+        if trace.ancestors is not None:
+            h = pf.resample(h, trace.ancestors)
+        hidden = inputs.drive.proposal[:, None] + self.proposal_hidden(h=h)
+        mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average, tape), tape)
+        z = pf.sample_normal(mean, var, trace.eps)
+        phi_z = jax.nn.relu(tape(self.phi_z(z=z)))
+        return Step(h, mean, var, z, phi_z, self.recur(h, phi_z, inputs.drive, tape))
+
+    def weigh(
+        self, step: Step, inputs: Inputs, trace: Trace, obs: Array, tape: Tape = NO_TAPE
+    ) -> tuple[Belief, UpdateInfo]:
+        """Weighs the particles by prior, proposal and emission; the loss is the negative ELBO."""
         proposal_log_prob = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
-        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs))
-        emission = self.emission_of(step.phi_z, step.h_prev, inputs)
-        emission_log_prob = self.emission_log_prob(obs, emission)
+        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs, tape))
+        emission = self.emission_of(step.phi_z, step.h_prev, inputs, tape)
+        emission_log_prob = tape(self.emission_log_prob(obs, emission))
         log_weight = pf.log_weight(prior_log_prob, proposal_log_prob, emission_log_prob)
         elbo = pf.elbo(log_weight)
-        metrics = {} if ancestors is None else {"particles.killed": pf.killed_particles(ancestors)}
+        metrics = {} if trace.ancestors is None else {"particles.killed": pf.killed_particles(trace.ancestors)}
         metrics |= _spread("loss.prior", proposal_log_prob - prior_log_prob)
         metrics |= _spread("loss.emission", -emission_log_prob)
         return Belief(step.h, step.z, step.phi_z, log_weight), UpdateInfo(trace, -elbo, metrics)
 
-    def transition(self, h: Array, inputs: Inputs, trace: Trace) -> Array:
-        return self.advance(h, inputs, trace).h
-
-    def advance(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
-        """Resamples h [B, K, H] by the given ancestors, draws z from the proposal, and advances h."""
-        if trace.ancestors is not None:
-            h = pf.resample(h, trace.ancestors)
-        hidden = inputs.drive.proposal[:, None] + self.proposal_hidden(h=h)
-        mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average))
-        z = pf.sample_normal(mean, var, trace.eps)
-        phi_z = jax.nn.relu(self.phi_z(z=z))
-        return Step(h, mean, var, z, phi_z, self.recur(h, phi_z, inputs.drive))
-
-    def recur(self, h: Array, phi_z: Array, drive: Drive) -> Array:
+    def recur(self, h: Array, phi_z: Array, drive: Drive, tape: Tape = NO_TAPE) -> Array:
         """The next h [B, K, H] from the previous one, phi_z [B, K, H] and the observation and action."""
-        return self.gru(h, drive.gru[:, None] + self.gru.product(phi_z=phi_z))
+        return self.gru(h, drive.gru[:, None] + self.gru.product(phi_z=phi_z), tape)
 
-    def prior_of(self, h_prev: Array, inputs: Inputs) -> tuple[Array, Array]:
+    def prior_of(self, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
         """p(z): mean and variance [B, K, Z] from the resampled previous h [B, K, H] and the action."""
         hidden = self.prior_hidden(h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.prior_hidden.product(action=inputs.phi_a)[:, None]
-        return self.prior(jax.nn.relu(hidden))
+        return self.prior(jax.nn.relu(tape(hidden)), tape)
 
-    def emission_of(self, phi_z: Array, h_prev: Array, inputs: Inputs) -> Any:
+    def emission_of(self, phi_z: Array, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE) -> Any:
         """p(o): the decoder's output for all B*K particles on one axis."""
         hidden = self.emission_hidden(phi_z=phi_z, h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)[:, None]
-        features = self.emission_activation(hidden, self.use_running_average)
-        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average)
+        features = self.emission_activation(hidden, self.use_running_average, tape)
+        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average, tape)
 
     def emission_log_prob(self, obs: Array, emission: Any) -> Array:
         """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
@@ -159,7 +161,7 @@ class DVRL(Agent):
         mean = jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
         return mean.reshape(-1, self.num_particles, *mean.shape[1:])
 
-    def summarise(self, belief: Belief) -> Array:
+    def summarise(self, belief: Belief, tape: Tape = NO_TAPE) -> Array:
         """A GRU over the particles in order, reading [h, phi_z, weight]; its last state. K = 1: one linear map."""
         weight = pf.normalised_weights(belief.log_weight)[..., None]
         inputs = {"h": belief.h, "phi_z": belief.phi_z, "weight": weight}
@@ -168,10 +170,10 @@ class DVRL(Agent):
         gates = self.summary.product(**inputs)
         state = jnp.zeros_like(belief.h[:, 0])
 
-        def read(state, gate):
-            return self.summary(state, gate), None
+        def read(state, gates, tape):
+            return self.summary(state, gates, tape), None
 
-        return jax.lax.scan(read, state, jnp.moveaxis(gates, 1, 0))[0]
+        return tape.scan(read, state, jnp.moveaxis(gates, 1, 0))[0]
 
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""

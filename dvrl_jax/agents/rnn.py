@@ -9,6 +9,7 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
+from dvrl_jax.tape import NO_TAPE, Tape
 
 Array = jax.Array
 
@@ -16,6 +17,13 @@ Array = jax.Array
 class Belief(NamedTuple):
     """The recurrent state h [B, H]."""
 
+    h: Array
+
+
+class Step(NamedTuple):
+    """The recurrent state before and after a step, each [B, H]."""
+
+    h_prev: Array
     h: Array
 
 
@@ -43,26 +51,34 @@ class RNN(Agent):
         del key, steps, num_envs
         return ()
 
-    def update(self, belief: Belief, inputs: Inputs, obs: Array, draws: tuple) -> tuple[Belief, UpdateInfo]:
-        del draws
+    def choose(self, belief: Belief, draws: tuple) -> tuple:
+        """Nothing: this recurrence is deterministic."""
+        del belief, draws
+        return ()
+
+    def transition(self, h: Array, inputs: Inputs, trace: tuple, tape: Tape = NO_TAPE) -> Step:
+        del trace
+        return Step(h, self.gru(h, inputs.drive, tape))
+
+    def weigh(
+        self, step: Step, inputs: Inputs, trace: tuple, obs: Array, tape: Tape = NO_TAPE
+    ) -> tuple[Belief, UpdateInfo]:
         loss = jnp.zeros(obs.shape[0])
         if self.obs_loss_coef > 0:
-            loss = self.obs_loss_coef * self.observation_loss(obs, self.emission_of(belief.h, inputs))
-        return Belief(self.transition(belief.h, inputs, ())), UpdateInfo((), loss, {})
+            loss = self.obs_loss_coef * self.observation_loss(obs, self.emission_of(step.h_prev, inputs, tape))
+        return Belief(step.h), UpdateInfo(trace, loss, {})
 
-    def transition(self, h: Array, inputs: Inputs, trace: tuple) -> Array:
-        del trace
-        return self.gru(h, inputs.drive)
-
-    def summarise(self, belief: Belief) -> Array:
+    def summarise(self, belief: Belief, tape: Tape = NO_TAPE) -> Array:
+        del tape
         return belief.h
 
-    def emission_of(self, h_prev: Array, inputs: Inputs):
+    def emission_of(self, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE):
         """The decoder's output for the observation expected after h_prev [B, H] and the previous action."""
         hidden = self.emission_hidden(h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)
-        return self.decoder(self.emission_activation(hidden, self.use_running_average), self.use_running_average)
+        features = self.emission_activation(hidden, self.use_running_average, tape)
+        return self.decoder(features, self.use_running_average, tape)
 
     def observation_loss(self, obs: Array, emission) -> Array:
         """Loss [B] per environment, averaged over pixels or dimensions: BCE with logits, or squared error."""
@@ -90,5 +106,5 @@ class RNN(Agent):
             expected = self.emission_mean(self.emission_of(h, inputs))
             if dt in times:
                 predictions[dt] = expected
-            h = self.transition(h, self.encode(expected, last.prev_action), ())
+            h = self.transition(h, self.encode(expected, last.prev_action), ()).h
         return predictions

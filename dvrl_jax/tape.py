@@ -1,0 +1,86 @@
+"""What the layers computed while acting, kept for the gradient that is taken afterwards.
+
+An agent acts without being differentiated. Learning runs the same code again, over all steps of a segment at once where
+nothing is sequential, and differentiates that. What makes this cheap: while acting, layers hand their products to a
+`Recorder`; when learning, to a `Player`, which answers with the value noted while acting. The gradient still passes
+through the product as written, but nobody needs its value any more, and the compiler drops the computation.
+
+It is also what the method asks for. Backpropagation through an earlier segment of a window needs the activations that
+the segment had when it was acted, and the weights as they are now: that is what the original computes, by changing
+weights in place under a graph that it keeps.
+
+A plain `Tape` changes nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+Array = jax.Array
+
+
+class Tape:
+    """Takes a product and returns what to go on with: here, the product itself."""
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+    def scan(self, step: Callable[[Any, Any, "Tape"], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
+        """`lax.scan` of step(carry, x, tape) -> (carry, y), for steps with products of their own."""
+        return jax.lax.scan(lambda carry, x: step(carry, x, Tape()), init, xs)
+
+
+class Recorder(Tape):
+    """Notes what passes, in order; no gradient flows into the notes."""
+
+    def __init__(self):
+        self._notes: list[Any] = []
+
+    @property
+    def notes(self) -> tuple:
+        return tuple(self._notes)
+
+    def __call__(self, x: Array) -> Array:
+        self._notes.append(jax.lax.stop_gradient(x))
+        return x
+
+    def scan(self, step, init, xs):
+        def recorded(carry, x):
+            tape = Recorder()
+            carry, y = step(carry, x, tape)
+            return carry, (y, tape.notes)
+
+        carry, (ys, notes) = jax.lax.scan(recorded, init, xs)
+        self._notes.append(notes)
+        return carry, ys
+
+
+class Player(Tape):
+    """Answers with the notes of a `Recorder`, in order."""
+
+    def __init__(self, notes: Iterable[Any]):
+        self._notes = iter(notes)
+
+    def __call__(self, x: Array) -> Array:
+        return recall(x, next(self._notes))
+
+    def scan(self, step, init, xs):
+        def played(carry, x):
+            x, notes = x
+            return step(carry, x, Player(notes))
+
+        return jax.lax.scan(played, init, (xs, next(self._notes)))
+
+
+@jax.custom_vjp
+def recall(computed: Array, remembered: Array) -> Array:
+    """The value of `remembered` with the gradient of `computed` (same shape)."""
+    del computed
+    return remembered
+
+
+recall.defvjp(lambda computed, remembered: (remembered, None), lambda _, grad: (grad, None))
+
+
+NO_TAPE = Tape()
