@@ -28,6 +28,10 @@ from dvrl_jax.tape import Player, Recorder
 
 Array = jax.Array
 
+# Loops over the steps of a segment are unrolled up to this length: what the steps leave for learning then stays where it
+# was computed, instead of being copied into arrays over all steps and back.
+MOST_UNROLLED = 8
+
 
 # --- Returns, losses, optimiser: the mathematics ---------------------------------------------------------------------
 
@@ -262,6 +266,7 @@ def make_learner(config, env: Environment) -> Learner:
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
     capacity = config.bptt_segments - 1
+    unroll = min(num_steps, MOST_UNROLLED)
     optimizer = make_optimizer(config.optimizer)
     abstract_agent = nnx.eval_shape(lambda: make_agent(config, env, jax.random.key(0)))
     graphdef, _, _ = nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)
@@ -297,7 +302,7 @@ def make_learner(config, env: Environment) -> Learner:
         """Acts for one segment; no gradient is taken of this."""
         step_draws = draws._replace(belief=jax.tree.map(lambda x: x[:-1], draws.belief))
         (end, batch_stats), (kept, *rest) = jax.lax.scan(
-            lambda carry, x: act(params, carry, x), (actor, batch_stats), step_draws
+            lambda carry, x: act(params, carry, x), (actor, batch_stats), step_draws, unroll=unroll
         )
         # The value of the latest observation, by one more belief update that leaves no trace.
         agent = agent_of(params, batch_stats)
@@ -305,7 +310,7 @@ def make_learner(config, env: Environment) -> Learner:
         bootstrap = agent.value(agent.policy_features(belief))
         return Rollout(end, batch_stats, Segment(actor.belief.h, *kept), *rest, bootstrap)
 
-    def unroll(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
+    def recur(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
         """Encoder and recurrence of a segment again, from recurrent state h, for the gradient.
 
         Returns the inputs and the steps of the recurrence, each with leading axis T.
@@ -322,22 +327,25 @@ def make_learner(config, env: Environment) -> Learner:
 
         notes = segment.notes
         inputs = jax.vmap(encode)(segment.obs, segment.prev_action, notes.encode)
-        _, steps = jax.lax.scan(transition, h, (segment.fresh, inputs, segment.trace, notes.transition))
+        xs = (segment.fresh, inputs, segment.trace, notes.transition)
+        _, steps = jax.lax.scan(transition, h, xs, unroll=unroll)
         return inputs, steps
 
     def segment_loss(params: nnx.State, h: Array, batch_stats: nnx.State, rollout: Rollout) -> tuple[Array, Outcome]:
         """The loss of a segment, as a function of the weights and of the recurrent state h before it."""
         segment = rollout.segment
 
-        def judge(step, inputs, trace, obs, action, notes):
+        def judge(_, x):
+            step, inputs, trace, obs, action, notes = x
             agent, tape = agent_of(params, batch_stats), Player(notes)
             belief, info = agent.weigh(step, inputs, trace, obs, tape)
             features = agent.policy_features(belief, tape)
             policy, value = agent.policy(features), agent.value(features)
-            return Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, info.metrics)
+            return None, Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, info.metrics)
 
-        inputs, steps = unroll(params, h, batch_stats, segment)
-        steps = jax.vmap(judge)(steps, inputs, segment.trace, segment.obs, rollout.action, rollout.weigh_notes)
+        inputs, steps = recur(params, h, batch_stats, segment)
+        xs = (steps, inputs, segment.trace, segment.obs, rollout.action, rollout.weigh_notes)
+        _, steps = jax.lax.scan(judge, None, xs, unroll=unroll)
         returns = n_step_returns(rollout.env.reward, rollout.env.done, rollout.bootstrap, gamma)
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)
@@ -352,7 +360,7 @@ def make_learner(config, env: Environment) -> Learner:
         def earlier(i, carry):
             grads, h_grad = carry
             segment = jax.tree.map(lambda x: x[window.length - 1 - i], window.segments)
-            _, vjp = jax.vjp(lambda p, h: unroll(p, h, batch_stats, segment)[1].h[-1], params, segment.h)
+            _, vjp = jax.vjp(lambda p, h: recur(p, h, batch_stats, segment)[1].h[-1], params, segment.h)
             more, h_grad = vjp(h_grad)
             return jax.tree.map(jnp.add, grads, more), h_grad
 
