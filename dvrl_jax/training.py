@@ -70,8 +70,8 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         _describe(run, config, default, state)
         wall_time = 0.0
-        if saver.latest is not None:
-            restored = saver.restore(state)
+        restored = saver.restore(state)
+        if restored is not None:
             state, wall_time = restored.state, restored.extra["wall_time"]
             if not restored.has_episodes:
                 state = learner.restart(state, state.actor.env)
