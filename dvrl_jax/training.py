@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
-    """The configuration to train with in this directory.
+    """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
     A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
 
@@ -36,7 +36,7 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     """
     stored = run.read_config()
     if stored is None:
-        return config_lib.finalise(given)
+        return given
     try:
         config = config_lib.merge(default, stored)
     except config_lib.ConfigError as error:
@@ -191,7 +191,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     Returns (run directory, configuration).
     """
     if config is not None:
-        config_lib.finalise(config)
+        config = config_lib.finalise(config)
     elif workdir is None or not (workdir / "config.json").exists():
         raise config_lib.ConfigError("--config: is needed to start a new run")
     run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)
