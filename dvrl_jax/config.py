@@ -12,7 +12,7 @@ from dvrl_jax import networks
 from dvrl_jax.agents import AGENTS
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
-CHANGEABLE = ("total_env_steps", "log.", "checkpoint.")
+CHANGEABLE = ("total_env_steps", "max_skipped_updates", "log.", "checkpoint.")
 
 
 class ConfigError(ValueError):
@@ -105,7 +105,7 @@ def _check(c: ConfigDict) -> None:
     require("algorithm", c.algorithm in AGENTS, f"one of {', '.join(sorted(AGENTS))}")
     for field in ("total_env_steps", "num_envs", "num_steps", "bptt_segments", "env.frame_skip", "model.h_dim"):
         require(field, fields[field] >= 1, "at least 1")
-    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep"):
+    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
         require(field, fields[field] >= 1, "at least 1")
     for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "env.observation_std"):
         require(field, fields[field] >= 0, "at least 0")

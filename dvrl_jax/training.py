@@ -62,7 +62,7 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
     Returns the final state.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
-        RunError: the directory's content does not fit.
+        RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
     env = envs.make_env(config.env, config.num_envs, config.seed)
     learner = a2c.make_learner(config, env)
@@ -159,23 +159,35 @@ class _Loop:
         update, steps = int(state.update), int(state.env_steps)
         results = state.episodes.summary()
         metrics = state.metrics.means()
+        failed = int(state.skipped_in_row) >= self.config.max_skipped_updates
         is_end = self._remaining_updates(state) <= 0
         is_line = update % self.config.log.interval == 0
-        if is_line or is_end:
+        if is_line or is_end or failed:
             line = {"update": update, "env_steps": steps, "wall_time": round(self._wall_time(), 3)}
             line |= results | metrics
+            line["updates.skipped"] = int(state.skipped)
             line["obs.fps"] = (steps - self.line_steps) / max(self.line_seconds, 1e-9)
             if not is_line:
                 line["final"] = True
             self.run_directory.append_metrics(line)
             self.line_steps, self.line_seconds = steps, 0.0
         progress.advance(steps, results["result.true"], metrics["loss.total"], is_line or is_end)
+        if failed:
+            raise self._too_many_skipped(state)
         if is_line:
             state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
         every = self.config.checkpoint.interval
         if is_end or (every and update % every == 0):
             self._save(state)
         return state
+
+    def _too_many_skipped(self, state: a2c.TrainState) -> runs.RunError:
+        names = ", ".join(state.metrics.culprits()) or "the new weights"
+        return runs.RunError(
+            f"{self.run_directory.path}: stopped at update {int(state.update):,} ({int(state.env_steps):,} steps), "
+            f"because in {int(state.skipped_in_row):,} updates in a row (max_skipped_updates) {names} were not finite; "
+            f"nothing was saved now, {self.saver.last_good()}"
+        )
 
     def _wall_time(self) -> float:
         return self.wall_time_before + time.monotonic() - self.start
