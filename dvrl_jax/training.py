@@ -38,7 +38,7 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     if stored is None:
         return given
     try:
-        config = config_lib.merge(default, stored)
+        config = config_lib.finalise(config_lib.merge(default, stored))
     except config_lib.ConfigError as error:
         raise runs.RunError(f"{run.config_path}: {error}") from None
     wanted = dict(overrides)
