@@ -170,8 +170,13 @@ def torture(root: Path, kills: int, seed: int = 0, say: Callable[[str], None] = 
     Raises:
         AssertionError: something was lost, or written twice, or came out differently.
     """
-    rng, counts, cache = random.Random(seed), Counter(), root / "cache"
-    workdir = root / "killed"
+    return kill_repeatedly(root, kills, seed, say) + finish_and_compare(root)
+
+
+def kill_repeatedly(root: Path, kills: int, seed: int, say: Callable[[str], None]) -> Counter:
+    """The kills, with the checks that can be made before the run has ended."""
+    rng, counts = random.Random(seed), Counter()
+    workdir, cache = root / "killed", root / "cache"
     workdir.mkdir()
     for number, moment in zip(range(kills), itertools.cycle(MOMENTS), strict=False):
         newest = max(complete_checkpoints(workdir), default=None)
@@ -181,6 +186,12 @@ def torture(root: Path, kills: int, seed: int = 0, say: Callable[[str], None] = 
         counts["resumed from the newest checkpoint"] += check_start(workdir, process.output, newest)
         lines = check_lines(workdir)
         say(f"kill {number + 1}: {what}; {len(lines)} lines, checkpoints {complete_checkpoints(workdir)}")
+    return counts
+
+
+def finish_and_compare(root: Path) -> Counter:
+    """Lets the killed run come to its end and compares it with one that was never stopped."""
+    workdir, cache = root / "killed", root / "cache"
     newest = max(complete_checkpoints(workdir), default=None)
     total = (newest or 0) + 3 * LOG_INTERVAL + 7
     for directory in (workdir, root / "straight"):
@@ -195,9 +206,7 @@ def torture(root: Path, kills: int, seed: int = 0, say: Callable[[str], None] = 
     assert killed.keys() == straight.keys()
     for name, array in straight.items():
         assert array.tobytes() == killed[name].tobytes(), f"{name} differs from a run that was never killed"
-    counts["arrays equal bit for bit"] = len(straight)
-    counts["updates"] = total
-    return counts
+    return Counter({"arrays equal bit for bit": len(straight), "updates": total})
 
 
 def main() -> None:
