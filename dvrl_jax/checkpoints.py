@@ -63,7 +63,7 @@ class Checkpoints:
         try:
             self._vet_results(read_only)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.directory}: cannot be used as the directory of checkpoints ({error})") from None
 
     @property
