@@ -28,7 +28,7 @@ from dvrl_jax.tape import Player, Recorder
 
 Array = jax.Array
 
-# Loops over the steps of a segment are unrolled up to this length: what the steps leave for learning then stays where it
+# Loops over the steps of a segment are unrolled up to this length. What a step leaves for learning then stays where it
 # was computed, instead of being copied into arrays over all steps and back.
 MOST_UNROLLED = 8
 
@@ -153,7 +153,8 @@ class Actor(NamedTuple):
 class TrainState(NamedTuple):
     """Everything training carries. `update` counts updates; `env_steps` counts transitions (uint32).
 
-    The randomness of update i comes from `key` and i alone.
+    `skipped` counts the updates that were left out because something was not finite, `skipped_in_row` the latest such
+    without a good one in between. The randomness of update i comes from `key` and i alone.
     """
 
     params: nnx.State
@@ -166,6 +167,8 @@ class TrainState(NamedTuple):
     key: Array
     update: Array
     env_steps: Array
+    skipped: Array
+    skipped_in_row: Array
 
 
 class Draws(NamedTuple):
@@ -257,12 +260,17 @@ def observe(agent: Agent, actor: Actor, draws: Any, tapes: Tapes = NO_TAPES) -> 
     return belief, info, prev_action
 
 
+def all_finite(tree: Any) -> Array:
+    """Whether every number in a tree of arrays is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def make_learner(config, env: Environment) -> Learner:
     """Builds training for a configuration and an environment.
 
     Returns a `Learner` of functions: `init(key)` makes the state, `restart` gives it new episodes, `run(state, n)` does
-    n updates (n is data: one compiled program serves all), `gradient` is the gradient across the window, and `draw`
-    makes a segment's randomness.
+    n updates (n is data: one compiled program serves all; fewer, if too many in a row are skipped), `gradient` is the
+    gradient across the window, and `draw` makes a segment's randomness.
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
     capacity = config.bptt_segments - 1
@@ -387,26 +395,51 @@ def make_learner(config, env: Environment) -> Learner:
         return measured
 
     def update(state: TrainState) -> TrainState:
-        """One segment and one step of the optimiser."""
+        """One segment and one step of the optimiser.
+
+        If the loss, the gradient or what they would make of the weights is not finite, the step of the optimiser is
+        skipped: weights, optimiser, batch-norm averages and averaged metrics stay as they were. The environments have
+        moved on all the same. The window starts anew, because no gradient may be sent through the segment just
+        played; beliefs start anew (see `recover`) only where they are broken, since what the others remember is true.
+        """
         draws = draw(jax.random.fold_in(state.key, state.update))
         grads, outcome = gradient(state.params, state.batch_stats, state.actor, state.window, draws)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rollout = outcome.rollout
+        learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
+        good = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
+        known = (state.params, state.batch_stats, state.opt_state)
+        params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), learned, known)
+        window = push(state.window, rollout.segment)
         return TrainState(
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=rollout.batch_stats,
+            params=params,
+            batch_stats=batch_stats,
             opt_state=opt_state,
-            actor=rollout.actor,
-            window=push(state.window, rollout.segment),
+            actor=recover(rollout.actor, ~good),
+            window=window._replace(length=jnp.where(good, window.length, 0)),
             episodes=state.episodes.add(rollout.env),
-            metrics=state.metrics.add(measure(grads, outcome)),
+            metrics=state.metrics.add(measure(grads, outcome), good),
             key=state.key,
             update=state.update + 1,
             env_steps=state.env_steps + jnp.sum(rollout.env.transition, dtype=jnp.uint32),
+            skipped=state.skipped + ~good,
+            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
         )
 
+    def recover(actor: Actor, skipped: Array) -> Actor:
+        """After a skipped update: belief and previous action start anew where they hold a number that is not finite.
+
+        After a good one, a log weight of -inf is a weight of 0 and stays.
+        """
+        memory = (actor.belief, actor.prev_action)
+        broken = skipped & ~jax.vmap(all_finite)(memory)
+        belief, prev_action = agent_verbs.restart(memory, broken)
+        return Actor(actor.env, belief, prev_action, actor.fresh | broken)
+
     def run(state: TrainState, num_updates: Array) -> TrainState:
-        return jax.lax.fori_loop(0, num_updates, lambda _, state: update(state), state)
+        last = state.update + num_updates
+        may_go_on = lambda state: (state.update < last) & (state.skipped_in_row < config.max_skipped_updates)
+        return jax.lax.while_loop(may_go_on, update, state)
 
     def restart(state: TrainState, env_state: EnvState) -> TrainState:
         """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
@@ -439,6 +472,8 @@ def make_learner(config, env: Environment) -> Learner:
             key=train_key,
             update=jnp.zeros((), jnp.int32),
             env_steps=jnp.zeros((), jnp.uint32),
+            skipped=jnp.zeros((), jnp.int32),
+            skipped_in_row=jnp.zeros((), jnp.int32),
         )
         return restart(state, env.reset(env_key))
 

@@ -1,12 +1,16 @@
 """Saving and restoring training with Orbax: the last few checkpoints and the best one.
 
 A checkpoint holds every array of the training state under a readable name, such as `params.encoder.layers.0.kernel`,
-and a few numbers as JSON. Where the environment cannot be restored (Atari), what belongs to the episodes under way
-(`actor`, `window`) is left out, and training goes on with new episodes.
+and, as JSON, a few numbers and the arrays' checksums, which are verified on reading. A damaged checkpoint is set aside,
+never deleted, and training goes on from the one before it. Where the environment cannot be restored (Atari), what
+belongs to the episodes under way (`actor`, `window`) is left out, and training goes on with new episodes.
 """
 
 import contextlib
 import ctypes
+import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ from dvrl_jax.a2c import TrainState
 from dvrl_jax.runs import RunError
 
 EPISODE_FIELDS = ("actor", "window")
+FORMAT = 2  # Of what a checkpoint holds; 2 added the checksums and the counts of skipped updates.
 
 
 class Restored(NamedTuple):
@@ -31,11 +36,19 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or not as it was written; the message says what is wrong."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`, numbered by update."""
 
     def __init__(self, directory: Path, keep: int, read_only: bool = False):
-        """Keeps the last `keep` checkpoints and the one with the highest `result.true`."""
+        """Keeps the last `keep` checkpoints and the one with the highest `result.true`.
+
+        Raises:
+            RunError: the directory cannot be used.
+        """
         best = preservation_policy.BestN(get_metric_fn=_result, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
@@ -45,8 +58,13 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self.directory = Path(directory).absolute()
+        self._failed = False
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        try:
+            self._vet_results(read_only)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.directory}: cannot be used as the directory of checkpoints ({error})") from None
 
     @property
     def latest(self) -> int | None:
@@ -61,37 +79,56 @@ class Checkpoints:
     def save(self, state: TrainState, with_episodes: bool, result: float | None, extra: dict[str, Any]) -> None:
         """Starts saving; the arrays are copied before it returns, writing goes on in the background.
 
-        `result` is the return by which the best checkpoint is chosen.
+        `result` is the return by which the best checkpoint is chosen. An update that has its checkpoint already is
+        not saved again.
+
+        Raises:
+            RunError: it, or the one before it, cannot be written.
         """
-        self._manager.wait_until_finished()
+        self.wait()
+        if int(state.update) in self._manager.all_steps():
+            return
         _return_free_memory()
         # Copies: the state's own buffers are donated to the next call of the training program.
         arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state, with_episodes).items()}
         metrics = {"result.true": float("-inf") if result is None else result}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            extra=ocp.args.JsonSave(extra | {"with_episodes": with_episodes, "format": 1}),
-        )
-        self._manager.save(int(state.update), args=items, metrics=metrics, force=True)
+        extra = extra | {"with_episodes": with_episodes, "format": FORMAT}
+        extra["arrays"] = {name: _describe(array) for name, array in arrays.items()}
+        extra["checksum"] = _checksum(extra)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
+        with self._writing():
+            self._manager.save(int(state.update), args=items, metrics=metrics, force=True)
 
-    def restore(self, template: TrainState, step: int | None = None) -> Restored:
-        """Restores a checkpoint, the newest by default, into the shape of `template`.
+    def restore(self, template: TrainState) -> Restored | None:
+        """Restores the newest checkpoint that is intact into the shape of `template`; None if there is none at all.
+
+        Newer, damaged ones are renamed to `<update>.damaged`, so that nothing is overwritten, and reported.
 
         Raises:
-            RunError: there is none, or it does not fit this configuration.
+            RunError: no checkpoint is intact, or the newest intact one does not fit this configuration.
         """
-        step = self.latest if step is None else step
-        if step is None:
-            raise RunError(f"{self.directory}: there is no checkpoint")
-        extra = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
-        if extra.get("format") != 1:
-            raise RunError(f"{self.directory}/{step}: unknown checkpoint format {extra.get('format')!r}")
-        expected = _named_leaves(template, extra["with_episodes"])
-        self._check_fit(step, expected)
-        abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
-        restore = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        arrays = self._manager.restore(step, args=restore)["state"]
-        return Restored(_fill(template, arrays), extra["with_episodes"], extra)
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                extra = self._read_extra(step)
+                expected = _named_leaves(template, extra["with_episodes"])
+                arrays = self._read_arrays(step, extra, expected)
+            except _Damaged as error:
+                damaged[step] = error
+                continue
+            for number, error in damaged.items():
+                self._set_aside(number, error)
+            if damaged:
+                self._manager.reload()
+            return Restored(_fill(template, arrays), extra["with_episodes"], extra)
+        reasons = [f"{step}: {error}" for step, error in damaged.items()]
+        reasons += [path.name for path in sorted(self.directory.glob("*.damaged*"))]
+        if reasons:
+            raise RunError(
+                f"{self.directory}: holds no intact checkpoint to continue from ({'; '.join(reasons)}); "
+                "train in another directory to start anew"
+            )
+        return None
 
     def find(self, which: str) -> int:
         """The update number that `which` means: "best", "latest" or the number itself.
@@ -113,28 +150,96 @@ class Checkpoints:
             RunError: they do not fit.
         """
         template = {"params": params, "batch_stats": batch_stats}
-        self._check_fit(step, _named_leaves(template))
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+        try:
+            arrays = self._read_arrays(step, self._read_extra(step), _named_leaves(template))
+        except _Damaged as error:
+            others = ", ".join(str(other) for other in sorted(self._manager.all_steps()) if other != step) or "none"
+            raise RunError(f"{self.directory}/{step}: is damaged ({error}); other checkpoints: {others}") from None
         filled = _fill(template, arrays)
         return filled["params"], filled["batch_stats"]
 
-    def _check_fit(self, step: int, expected: dict[str, jax.Array]) -> None:
-        found = self._manager.item_metadata(step)["state"]
+    def _read_extra(self, step: int) -> dict[str, Any]:
+        """The numbers and checksums saved with a checkpoint. Raises _Damaged, or RunError for another format."""
+        extra = self._read(step, extra=ocp.args.JsonRestore())
+        if not isinstance(extra, dict) or "format" not in extra:
+            raise _Damaged("extra: is not what was written")
+        if extra["format"] != FORMAT:
+            raise RunError(
+                f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; this version reads {FORMAT}"
+            )
+        if extra.pop("checksum", None) != _checksum(extra):
+            raise _Damaged("extra: is not what was written")
+        return extra
+
+    def _read_arrays(self, step: int, extra: dict[str, Any], expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        """All arrays of a checkpoint. Raises _Damaged, or RunError if they are not as `expected`."""
         for name, leaf in expected.items():
-            if name not in found:
+            if name not in extra["arrays"]:
                 raise RunError(f"{self.directory}/{step}: holds no {name}; it belongs to another configuration")
-            if tuple(found[name].shape) != leaf.shape:
+            shape = tuple(extra["arrays"][name]["shape"])
+            if shape != leaf.shape:
                 raise RunError(
-                    f"{self.directory}/{step}: {name} has shape {tuple(found[name].shape)}, "
-                    f"this configuration needs {leaf.shape}"
+                    f"{self.directory}/{step}: {name} has shape {shape}, this configuration needs {leaf.shape}"
                 )
+        arrays = self._read(step, state=ocp.args.StandardRestore())
+        for name, description in extra["arrays"].items():
+            if name not in arrays or _describe(np.asarray(arrays[name])) != description:
+                raise _Damaged(f"{name}: is not what was written")
+        return arrays
+
+    def _read(self, step: int, **item) -> Any:
+        """One item of a checkpoint; whatever Orbax raises, and that is a lot, means that it is damaged."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[next(iter(item))]
+        except Exception as error:
+            raise _Damaged(_in_one_line(error)) from None
+
+    def _vet_results(self, read_only: bool) -> None:
+        """Sets checkpoints aside whose `result.true` is damaged: Orbax would refuse the whole directory."""
+        for path in sorted(self.directory.glob("[0-9]*/metrics/metrics")):
+            try:
+                float(json.loads(path.read_bytes())["result.true"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                if read_only:
+                    raise RunError(f"{path}: is damaged ({_in_one_line(error)})") from None
+                self._set_aside(path.parent.parent.name, f"{path}: {_in_one_line(error)}")
+
+    def _set_aside(self, step: int | str, error: Exception | str) -> None:
+        path, number = self.directory / f"{step}.damaged", 1
+        while path.exists():
+            path, number = self.directory / f"{step}.damaged.{number}", number + 1
+        (self.directory / str(step)).rename(path)
+        print(f"checkpoint {step} is damaged ({error}); set aside as {path}", flush=True)
+
+    def last_good(self) -> str:
+        """Half a sentence that names the newest complete checkpoint, for messages about failures."""
+        steps = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
+        return f"the last good checkpoint is {self.directory / str(max(steps))}" if steps else "there is no checkpoint"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns whatever goes wrong with writing a checkpoint into a RunError."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            raise RunError(
+                f"{self.directory}: a checkpoint could not be written ({_in_one_line(error)}); {self.last_good()}"
+            ) from None
 
     def wait(self) -> None:
-        """Returns once everything is written; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Returns once everything is written.
+
+        Raises:
+            RunError: something could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being written, and reports it if that fails while nothing else has."""
+        with self._writing() if not self._failed else contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def _return_free_memory() -> None:
@@ -149,6 +254,21 @@ def _return_free_memory() -> None:
 
 def _result(metrics: dict[str, float]) -> float:
     return metrics["result.true"]
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, without its long tail."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    """What tells an array from any other, as JSON."""
+    checksum = zlib.crc32(np.ascontiguousarray(array))
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": checksum}
+
+
+def _checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _named_leaves(state: Any, with_episodes: bool = True) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """Command lines with `--config=FILE` and `--config.group.field=value`: flags, parsing, errors in one sentence."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,9 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
             return main()
         except (ConfigError, RunError) as error:
             _fail(error)
+        except KeyboardInterrupt:  # Training itself answers signals with a checkpoint: this came before or after it.
+            print("stopped by SIGINT", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=parse)
 

@@ -2,17 +2,19 @@
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dvrl_jax import networks
 from dvrl_jax.agents import AGENTS
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
-CHANGEABLE = ("total_env_steps", "log.", "checkpoint.")
+CHANGEABLE = ("total_env_steps", "max_skipped_updates", "log.", "checkpoint.")
+
+LARGEST = 1_000_000  # No size is sensibly larger; far larger ones would overflow rather than run out of memory.
 
 
 class ConfigError(ValueError):
@@ -56,9 +58,21 @@ def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
         if isinstance(known[field], tuple) and isinstance(value, list):
             value = tuple(value)
         if not _same_type(known[field], value):
-            raise ConfigError(f"{field} = {value!r}: must be of type {type(known[field]).__name__}")
+            raise ConfigError(f"{field} = {_short(value)}: must be of type {type(known[field]).__name__}")
+        if isinstance(known[field], float) and abs(value) > _LARGEST_FLOAT:
+            raise ConfigError(f"{field} = {_short(value)}: must be a finite number (of 32 bits)")
         config.update_from_flattened_dict({field: float(value) if isinstance(known[field], float) else value})
     return config
+
+
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+
+
+def _short(value: Any) -> str:
+    """A value for messages."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= 60 else text[:60] + "..."
+    return repr(text) if isinstance(value, str) else text
 
 
 def _same_type(reference: Any, value: Any) -> bool:
@@ -96,34 +110,47 @@ def _check(c: ConfigDict) -> None:
 
     def require(field: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ConfigError(f"{field} = {fields[field]!r}: must be {rule}")
+            raise ConfigError(f"{field} = {_short(fields[field])}: must be {rule}")
 
     for field, value in fields.items():
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            require(field, False, "a finite number")
+        # What is finite for Python need not be for the device, where numbers have 32 bits.
+        if any(isinstance(x, float) and not abs(x) <= _LARGEST_FLOAT for x in numbers):
+            require(field, False, "a finite number (of 32 bits)")
     require("algorithm", c.algorithm in AGENTS, f"one of {', '.join(sorted(AGENTS))}")
     for field in ("total_env_steps", "num_envs", "num_steps", "bptt_segments", "env.frame_skip", "model.h_dim"):
         require(field, fields[field] >= 1, "at least 1")
-    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep"):
+    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
         require(field, fields[field] >= 1, "at least 1")
     for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "env.observation_std"):
         require(field, fields[field] >= 0, "at least 0")
     for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
         require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
+    sizes = ("num_envs", "num_steps", "bptt_segments", "env.frame_skip")
+    for field in (*sizes, "model.h_dim", "model.z_dim", "model.num_particles", "model.action_encoding"):
+        require(field, fields[field] <= LARGEST, f"at most {LARGEST:,}")
+    for field in ("max_skipped_updates", "log.interval", "checkpoint.interval", "checkpoint.keep"):
+        require(field, fields[field] < 2**31, "less than 2**31")
     require("seed", 0 <= c.seed < 2**31, "between 0 and 2147483647")
-    require("total_env_steps", c.total_env_steps < 2**32, "less than 2**32")
+    # Steps are counted in unsigned, updates in signed integers of 32 bits, and the last update may go too far.
+    per_update = c.num_envs * c.num_steps
+    largest = min(2**32 - per_update, (2**31 - 1) * per_update)
+    require(
+        "total_env_steps", c.total_env_steps < largest, f"less than {largest:,} with updates of {per_update:,} steps"
+    )
     require("env.p_blank", 0 <= c.env.p_blank <= 1, "a probability, between 0 and 1")
     require("loss.gamma", 0 <= c.loss.gamma <= 1, "between 0 and 1")
     require("optimizer.name", c.optimizer.name in ("rmsprop", "adam"), "rmsprop or adam")
     for field in ("learning_rate", "eps", "max_grad_norm"):
-        require(f"optimizer.{field}", fields[f"optimizer.{field}"] > 0, "greater than 0")
+        positive = np.float32(fields[f"optimizer.{field}"]) > 0
+        require(f"optimizer.{field}", positive, "greater than 0 (and not so small that 32 bits cannot hold it)")
     require("optimizer.alpha", 0 <= c.optimizer.alpha < 1, "at least 0 and less than 1")
     betas = c.optimizer.betas
-    valid_betas = len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    valid_betas = len(betas) == 2 and all(_is_number(b) and b >= 0 and np.float32(b) < 1 for b in betas)
     require("optimizer.betas", valid_betas, "two numbers, each at least 0 and less than 1")
     channels = c.model.channels
-    require("model.channels", all(isinstance(n, int) and n >= 1 for n in channels), "whole numbers, at least 1")
+    valid_channels = all(type(n) is int and 1 <= n <= LARGEST for n in channels)
+    require("model.channels", valid_channels, f"whole numbers, at least 1 and at most {LARGEST:,}")
     if c.algorithm == "rnn":
         require("loss.encoding_coef", c.loss.encoding_coef == 0 or c.model.obs_loss_coef > 0, _RNN_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
@@ -137,10 +164,14 @@ def _check(c: ConfigDict) -> None:
     try:
         networks.encoded_shape(observation_shape(c), channels)
     except ValueError as error:
-        raise ConfigError(f"model.channels = {channels!r}: {error} (env.name is {c.env.name})") from None
+        raise ConfigError(f"model.channels = {_short(channels)}: {error} (env.name is {c.env.name})") from None
 
 
 _RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
 
 
 def to_json(config: ConfigDict) -> str:

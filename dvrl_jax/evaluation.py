@@ -48,12 +48,15 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     """The configuration of the run in a directory.
 
     Raises:
-        RunError: there is no run in it.
+        RunError: there is no run in it, or its configuration is damaged.
     """
     fields = runs.read_config(path)
     if fields is None:
         raise runs.RunError(f"{path}: holds no run (there is no config.json)")
-    return config_lib.finalise(config_lib.merge(default, fields))
+    try:
+        return config_lib.finalise(config_lib.merge(default, fields))
+    except config_lib.ConfigError as error:
+        raise runs.RunError(f"{path / 'config.json'}: {error}") from None
 
 
 def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str) -> tuple[Agent, int]:
@@ -80,6 +83,8 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
 
     Args:
         greedy: take the most probable action instead of sampling.
+    Raises:
+        RunError: a game has not ended after MAX_STEPS calls; its return would not be that of a whole game.
     """
     graphdef, weights = nnx.split(agent)
     reset_key, draw_key = jax.random.split(key)
@@ -108,7 +113,10 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
         carry = program(carry, jax.random.split(jax.random.fold_in(draw_key, call), STEPS_PER_CALL))
         if bool(jnp.all(carry[3])):
             break
-    _, total, length, _ = carry
+    _, total, length, over = carry
+    if not bool(jnp.all(over)):
+        unfinished = int(jnp.sum(~over))
+        raise runs.RunError(f"{unfinished} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
     return Games(np.asarray(total, np.float64), np.asarray(length))
 
 

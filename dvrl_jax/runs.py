@@ -7,11 +7,12 @@
 Everything read back is JSON or arrays; nothing in a run directory is ever executed or unpickled.
 """
 
+import contextlib
 import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ class RunDirectory:
         _replace(self.config_path, text)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl and waits until it is on disk. Numbers that are not finite become null."""
+        """Adds a line to metrics.jsonl and waits until it is on disk. Numbers that are not finite become null.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         finite = {name: _finite(value) for name, value in line.items()}
-        with open(self.metrics_path, "a") as file:
+        with _writing(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +106,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         fields = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(fields, dict):
         raise RunError(f"{path}: not a readable configuration (expected a JSON object)")
@@ -112,19 +117,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a run directory's metrics.jsonl; a last line cut short is left out.
 
     Raises:
-        RunError: a line before the last is damaged.
+        RunError: the file cannot be read, or a line before the last is damaged.
     """
     path = Path(path) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     result = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            result.append(json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            fields = json.loads(line)
+            if not (isinstance(fields, dict) and isinstance(fields.get("update"), int)):
+                raise ValueError("not a line of metrics")
+            result.append(fields)
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise RunError(f"{path}: line {number} is damaged") from None
+                raise RunError(f"{path}: line {number} is damaged; mend or remove it to go on") from None
     return result
 
 
@@ -137,11 +148,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def _replace(path: Path, text: str) -> None:
-    """Writes a file in one step: whoever reads it sees the old or the new content, whole."""
+    """Writes a file in one step: whoever reads it sees the old or the new content, whole.
+
+    Raises:
+        RunError: it cannot be written; the old content stays.
+    """
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _writing(path):
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

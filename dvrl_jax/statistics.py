@@ -1,5 +1,6 @@
 """Running statistics kept on the device as part of the training state: finished episodes and averaged metrics."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -69,9 +70,12 @@ class EpisodeStatistics(NamedTuple):
         )
 
     def summary(self) -> dict[str, float | int | None]:
-        """The `result.*` and `episodes.*` metrics as plain numbers; None before any episode has finished."""
-        clipped = np.asarray(self.finished)[: int(self.num_finished)]
-        true = np.asarray(self.finished_true)[: int(self.num_finished_true)]
+        """The `result.*` and `episodes.*` metrics as plain numbers; None before any episode has finished.
+
+        Returns that are not finite (of an episode in which an update was skipped) are left out.
+        """
+        clipped = _finite(np.asarray(self.finished)[: int(self.num_finished)])
+        true = _finite(np.asarray(self.finished_true)[: int(self.num_finished_true)])
         lengths = np.asarray(self.lengths)[: int(self.num_finished)]
         reduce = {"mean": np.mean, "median": np.median, "min": np.min, "max": np.max}
         result = {"result.true": float(np.mean(true, dtype=np.float64)) if true.size else None}
@@ -80,6 +84,10 @@ class EpisodeStatistics(NamedTuple):
         result["episodes.num_ended"] = int(self.num_finished)
         result["episodes.length"] = float(np.mean(lengths)) if lengths.size else None
         return result
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
 
 
 def _ring_places(count: Array, finished: Array) -> tuple[Array, Array]:
@@ -93,19 +101,31 @@ def _ring_places(count: Array, finished: Array) -> tuple[Array, Array]:
 
 
 class Metrics(NamedTuple):
-    """Sums of scalar metrics over `count` updates since the last log line."""
+    """Sums of scalar metrics over `count` updates since the last log line, skipped ones left out.
+
+    `not_finite` counts, for each metric, the updates since then in which it was infinite or no number.
+    """
 
     sums: dict[str, Array]
     count: Array
+    not_finite: dict[str, Array]
 
     @classmethod
     def empty(cls, names: Iterable[str]) -> "Metrics":
-        return cls({name: jnp.zeros(()) for name in names}, jnp.zeros((), jnp.int32))
+        none = jnp.zeros((), jnp.int32)
+        return cls({name: jnp.zeros(()) for name in names}, none, dict.fromkeys(names, none))
 
-    def add(self, values: dict[str, Array]) -> "Metrics":
-        return Metrics({name: total + values[name] for name, total in self.sums.items()}, self.count + 1)
+    def add(self, values: dict[str, Array], good: Array) -> "Metrics":
+        """Takes in an update; one that is not `good` (scalar bool) is not averaged."""
+        sums = {name: total + jnp.where(good, values[name], 0.0) for name, total in self.sums.items()}
+        not_finite = {name: count + ~jnp.isfinite(values[name]) for name, count in self.not_finite.items()}
+        return Metrics(sums, self.count + good, not_finite)
 
     def means(self) -> dict[str, float]:
-        """Averages as plain numbers."""
-        count = max(int(self.count), 1)
+        """Averages as plain numbers; NaN if every update was skipped."""
+        count = int(self.count) or math.nan
         return {name: float(total) / count for name, total in sorted(self.sums.items())}
+
+    def culprits(self) -> list[str]:
+        """Names of the metrics that were not finite in some update since the last log line."""
+        return sorted(name for name, count in self.not_finite.items() if int(count))

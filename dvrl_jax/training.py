@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
-    """The configuration to train with in this directory.
+    """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
     A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
 
@@ -36,9 +36,9 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     """
     stored = run.read_config()
     if stored is None:
-        return config_lib.finalise(given)
+        return given
     try:
-        config = config_lib.merge(default, stored)
+        config = config_lib.finalise(config_lib.merge(default, stored))
     except config_lib.ConfigError as error:
         raise runs.RunError(f"{run.config_path}: {error}") from None
     wanted = dict(overrides)
@@ -62,7 +62,7 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
     Returns the final state.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
-        RunError: the directory's content does not fit.
+        RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
     env = envs.make_env(config.env, config.num_envs, config.seed)
     learner = a2c.make_learner(config, env)
@@ -70,8 +70,8 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         _describe(run, config, default, state)
         wall_time = 0.0
-        if saver.latest is not None:
-            restored = saver.restore(state)
+        restored = saver.restore(state)
+        if restored is not None:
             state, wall_time = restored.state, restored.extra["wall_time"]
             if not restored.has_episodes:
                 state = learner.restart(state, state.actor.env)
@@ -159,23 +159,35 @@ class _Loop:
         update, steps = int(state.update), int(state.env_steps)
         results = state.episodes.summary()
         metrics = state.metrics.means()
+        failed = int(state.skipped_in_row) >= self.config.max_skipped_updates
         is_end = self._remaining_updates(state) <= 0
         is_line = update % self.config.log.interval == 0
-        if is_line or is_end:
+        if is_line or is_end or failed:
             line = {"update": update, "env_steps": steps, "wall_time": round(self._wall_time(), 3)}
             line |= results | metrics
+            line["updates.skipped"] = int(state.skipped)
             line["obs.fps"] = (steps - self.line_steps) / max(self.line_seconds, 1e-9)
             if not is_line:
                 line["final"] = True
             self.run_directory.append_metrics(line)
             self.line_steps, self.line_seconds = steps, 0.0
         progress.advance(steps, results["result.true"], metrics["loss.total"], is_line or is_end)
+        if failed:
+            raise self._too_many_skipped(state)
         if is_line:
             state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
         every = self.config.checkpoint.interval
         if is_end or (every and update % every == 0):
             self._save(state)
         return state
+
+    def _too_many_skipped(self, state: a2c.TrainState) -> runs.RunError:
+        names = ", ".join(state.metrics.culprits()) or "the new weights"
+        return runs.RunError(
+            f"{self.run_directory.path}: stopped at update {int(state.update):,} ({int(state.env_steps):,} steps), "
+            f"because in {int(state.skipped_in_row):,} updates in a row (max_skipped_updates) {names} were not finite; "
+            f"nothing was saved now, {self.saver.last_good()}"
+        )
 
     def _wall_time(self) -> float:
         return self.wall_time_before + time.monotonic() - self.start
@@ -191,7 +203,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     Returns (run directory, configuration).
     """
     if config is not None:
-        config_lib.finalise(config)
+        config = config_lib.finalise(config)
     elif workdir is None or not (workdir / "config.json").exists():
         raise config_lib.ConfigError("--config: is needed to start a new run")
     run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)

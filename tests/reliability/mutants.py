@@ -1,0 +1,229 @@
+"""Breaks one line at a time and sees whether a test notices: python -m tests.reliability.mutants [--only=TEXT]
+
+Each mutant is a piece of text of `particle_filter.py` or `a2c.py` with something else in its place. It is put into a
+copy of the project, where the fast tests of that file run until the first one fails. A mutant that survives must be
+explained below, in its last field, else the script fails. Text that is no longer in the file fails too.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+FILTER, LEARNER = "dvrl_jax/particle_filter.py", "dvrl_jax/a2c.py"
+# The tests that guard a file, the quickest first.
+TESTS = {
+    FILTER: ["tests/test_particle_filter.py"],
+    LEARNER: [
+        "tests/reliability/test_losses.py",
+        "tests/test_bptt.py",
+        "tests/reliability/test_numerical_faults.py",
+        "tests/test_parity.py",
+        "tests/test_agents.py",
+    ],
+}
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    explanation: str = ""  # Why no test can notice.
+
+
+def filter_mutants() -> list[Mutant]:
+    pairs = [
+        # Normalised weights.
+        ("top = jnp.max(log_weights", "top = jnp.min(log_weights"),
+        ("jnp.where(jnp.isneginf(top), 0.0, log_weights)", "log_weights"),
+        ("return jax.nn.softmax(safe, axis=-1)", "return jax.nn.softmax(safe, axis=0)"),
+        ("return jax.nn.softmax(safe, axis=-1)", "return jnp.exp(safe)"),
+        # Resampling.
+        ("normalised_weights(jax.lax.stop_gradient(log_weights))", "jax.lax.stop_gradient(log_weights)"),
+        ("normalised_weights(jax.lax.stop_gradient(log_weights))", "normalised_weights(log_weights[::-1])"),
+        ("jnp.cumsum(normalised_weights", "jnp.asarray(normalised_weights"),
+        ("    cumulative = cumulative / cumulative[:, -1:]  #", "    #"),
+        ("(u[:, None] + jnp.arange(num_particles)) / num_particles", "(u[:, None] + jnp.arange(num_particles)) / 10"),
+        ("(u[:, None] + jnp.arange(num_particles)) /", "(0.5 + u[:, None] * 0 + jnp.arange(num_particles)) /"),
+        ("(u[:, None] + jnp.arange(num_particles)) /", "(u[:, None] + jnp.arange(num_particles) + 1) /"),
+        ("jnp.minimum(positions, 1.0 - jnp.finfo(positions.dtype).epsneg)", "positions"),
+        ("1.0 - jnp.finfo(positions.dtype).epsneg", "1.0"),
+        ("1.0 - jnp.finfo(positions.dtype).epsneg", "0.999"),
+        ("cumulative[:, None, :] <= positions", "cumulative[:, None, :] < positions"),
+        ("cumulative[:, None, :] <= positions", "cumulative[:, None, :] >= positions"),
+        ("positions[:, :, None], axis=-1, dtype", "positions[:, :, None], axis=-2, dtype"),
+        ("dtype=jnp.int32)\n\n\ndef resample", "dtype=jnp.int16)\n\n\ndef resample"),
+        ("ancestors[:, :, None], axis=1, mode", "ancestors[:, :1, None], axis=1, mode"),
+        ("ancestors[:, :, None], axis=1, mode", "ancestors[:, ::-1, None], axis=1, mode"),
+        # Killed particles.
+        ("return num_particles - jnp.sum(has_child", "return jnp.sum(has_child"),
+        ("jnp.arange(num_particles), axis=1)", "jnp.arange(num_particles), axis=2)"),
+        ("jnp.arange(num_particles), axis=1)", "jnp.arange(1, num_particles + 1), axis=1)"),
+        # Normal densities.
+        ("mean + jnp.sqrt(var) * noise", "mean + var * noise"),
+        ("mean + jnp.sqrt(var) * noise", "mean - jnp.sqrt(var) * noise"),
+        ("jnp.square(x - mean) / var", "jnp.square(x - mean) / jnp.square(var)"),
+        ("jnp.square(x - mean) / var", "jnp.square(x + mean) / var"),
+        ("/ var + jnp.log(var)", "/ var - jnp.log(var)"),
+        ("/ var + jnp.log(var)", "/ var + 2 * jnp.log(var)"),
+        ("-0.5 * (quadratic + x.shape[-1]", "-0.5 * (quadratic + x.shape[0]"),
+        ("math.log(2.0 * math.pi))", "math.log(math.pi))"),
+        ("-0.5 * (quadratic", "0.5 * (quadratic"),
+        # Softplus and Bernoulli densities.
+        ("jnp.maximum(x, 0.0) + jnp.log", "jnp.log"),
+        ("jnp.maximum(x, 0.0) + jnp.log", "jnp.minimum(x, 0.0) + jnp.log"),
+        ("jnp.exp(-jnp.abs(x))", "jnp.exp(jnp.abs(x))"),
+        ("jax.nn.sigmoid(*primals) * tangents[0]", "jnp.tanh(*primals) * tangents[0]"),
+        ("jax.nn.sigmoid(*primals) * tangents[0]", "jax.nn.sigmoid(*primals)"),
+        ("x * logits - softplus(logits)", "x * logits - softplus(-logits)"),
+        ("x * logits - softplus(logits)", "(1 - x) * logits - softplus(logits)"),
+        ("per_pixel = per_pixel * mask", "pass"),
+        ("axis=(-3, -2, -1))", "axis=(-2, -1))"),
+        # Weights.
+        ("prior_log_prob - proposal_log_prob + emission", "proposal_log_prob - prior_log_prob + emission"),
+        ("proposal_log_prob + emission_log_prob", "proposal_log_prob - emission_log_prob"),
+        ("logsumexp(log_weights, axis=-1) - math.log", "logsumexp(log_weights, axis=-1) + math.log"),
+        ("math.log(log_weights.shape[-1])", "math.log(log_weights.shape[0])"),
+        ("jax.nn.logsumexp(log_weights, axis=-1)", "jnp.max(log_weights, axis=-1)"),
+        ("1.0 / jnp.sum(jnp.square(normalised_weights", "jnp.sum(jnp.square(normalised_weights"),
+        ("jnp.sum(jnp.square(normalised_weights", "jnp.sum((normalised_weights"),
+        ("normalised_weights(log_weights), values)", "normalised_weights(-log_weights), values)"),
+        ("normalised_weights(log_weights), values)", "jnp.exp(log_weights), values)"),
+    ]
+    return [Mutant(FILTER, *pair) for pair in pairs]
+
+
+def learner_mutants() -> list[Mutant]:
+    pairs = [
+        # Returns.
+        ("reward + gamma * jnp.where(done, 0.0, following)", "reward + jnp.where(done, 0.0, following)"),
+        ("jnp.where(done, 0.0, following)", "following"),
+        ("jnp.where(done, 0.0, following)", "jnp.where(done, following, 0.0)"),
+        ("(rewards, dones), reverse=True)", "(rewards, dones))"),
+        ("return jax.lax.stop_gradient(returns)", "return returns"),
+        # Losses.
+        ("jnp.sum(jnp.where(mask, x, 0.0))", "jnp.sum(x)"),
+        ("jnp.maximum(jnp.sum(mask), 1)", "x.size"),
+        ("jnp.maximum(jnp.sum(mask), 1)", "jnp.sum(mask)"),
+        ("advantage = returns - value", "advantage = value - returns"),
+        ("action_loss = -masked_mean", "action_loss = masked_mean"),
+        ("jax.lax.stop_gradient(advantage) * log_prob", "advantage * log_prob"),
+        ("masked_mean(jnp.square(advantage), mask)", "masked_mean(jnp.abs(advantage), mask)"),
+        ("coefs.encoding_coef * encoding - coefs", "coefs.encoding_coef * encoding + coefs"),
+        ("total += coefs.encoding_coef * encoding", "total += encoding"),
+        # Optimiser.
+        ("eps_in_sqrt=False", "eps_in_sqrt=True"),
+        ("decay=config.alpha", "decay=0.9"),
+        ("optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)", "rule"),
+        # Acting.
+        ("belief = agent.restart(actor.belief, actor.fresh)", "belief = actor.belief"),
+        ("jnp.where(actor.fresh[:, None], first, actor.prev_action)", "actor.prev_action"),
+        ("fresh = env.done | ~env.transition", "fresh = env.done"),
+        ("agent.action_vector(action), fresh)", "agent.initial_action(num_envs), fresh)"),
+        ("replay = (actor.env.obs, prev_action", "replay = (env.obs, prev_action"),
+        ("prev_action, actor.fresh, info.trace)", "prev_action, fresh, info.trace)"),
+        ("lambda x: x[-1], draws.belief", "lambda x: x[0], draws.belief"),
+        ("lambda x: x[:-1], draws.belief", "lambda x: x[1:], draws.belief"),
+        # The window.
+        ("x[window.length - 1 - i]", "x[i]"),
+        ("_, vjp = jax.vjp(lambda p, h: replay", "_, vjp = jax.vjp(lambda p, h: 0.5 * replay"),
+        ("jax.tree.map(jnp.add, grads, more), h_grad", "jax.tree.map(jnp.subtract, grads, more), h_grad"),
+        ("fori_loop(0, window.length, earlier", "fori_loop(1, window.length, earlier"),
+        ("old.at[place].set(new)", "old.at[0].set(new)"),
+        ("window.length == capacity, 0, window.length + 1", "window.length == capacity, 1, window.length + 1"),
+        ("h = agent.restart(h, fresh)\n            return", "return"),
+        # Skipped updates.
+        ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "jnp.asarray(True)"),
+        ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "all_finite(outcome.losses.total)"),
+        ("jnp.where(good, new, old), learned, known)", "jnp.where(good, old, new), learned, known)"),
+        ("length=jnp.where(good, window.length, 0)", "length=window.length"),
+        ("recover(outcome.actor, ~good)", "outcome.actor"),
+        ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped & actor.fresh"),
+        ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped | actor.fresh"),
+        ("skipped=state.skipped + ~good", "skipped=state.skipped + good"),
+        ("jnp.where(good, 0, state.skipped_in_row + 1)", "state.skipped_in_row + ~good"),
+        ("(state.skipped_in_row < config.max_skipped_updates)", "(state.skipped_in_row < 10**6)"),
+        # Counters.
+        ("jax.random.fold_in(state.key, state.update)", "state.key"),
+        ("update=state.update + 1", "update=state.update + 2"),
+    ]
+    return [Mutant(LEARNER, *pair) for pair in pairs]
+
+
+def mutants() -> list[Mutant]:
+    return filter_mutants() + learner_mutants()
+
+
+def is_killed(mutant: Mutant, number: int, root: Path) -> bool:
+    """Whether a test fails in a copy of the project that has the mutant; runs in a process of its own."""
+    copy = root / str(number)
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", "saved_runs", "plots", ".venv", "*_cache", "__pycache__")
+    )
+    path = copy / mutant.file
+    path.write_text(path.read_text().replace(mutant.old, mutant.new, 1))
+    pid = os.fork()
+    if pid == 0:
+        output = os.open(root / f"{number}.out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ["TMPDIR"], tempfile.tempdir = str(copy), str(copy)
+        os.chdir(copy)
+        sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
+        import pytest
+
+        code = 99
+        try:
+            code = int(pytest.main(["-n0", "-x", "-q", "-p", "no:cacheprovider", *TESTS[mutant.file]]))
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    shutil.rmtree(copy)
+    if code not in (0, 1, 2):  # Passed; a test failed; a test could not even be imported.
+        raise RuntimeError(f"the tests did not run: exit code {code}\n{(root / f'{number}.out').read_text()[-2000:]}")
+    return code != 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only mutants of files whose path contains this")
+    parser.add_argument("--first", type=int, default=1, help="number of the mutant to begin with")
+    arguments = parser.parse_args()
+    survivors, killed, explained = [], 0, 0
+    with tempfile.TemporaryDirectory(prefix="dvrl_jax_mutants_") as name:
+        root = Path(name)
+        # Shared by all: most programs are those of other mutants too. Libraries are imported once and then forked.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "cache")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        for library in ("distrax", "flax.nnx", "hypothesis", "ml_collections", "optax", "orbax.checkpoint"):
+            __import__(library)
+        for library in ("envpool", "pytest", "scipy.stats", "matplotlib"):
+            __import__(library)
+        for number, mutant in enumerate(mutants(), 1):
+            if arguments.only not in mutant.file or number < arguments.first:
+                continue
+            if mutant.old not in (ROOT / mutant.file).read_text():
+                print(f"{number:3} {mutant.file}: there is no {mutant.old!r} any more")
+                survivors.append(number)
+                continue
+            began = time.monotonic()
+            dead = is_killed(mutant, number, root)
+            killed += dead
+            explained += not dead and bool(mutant.explanation)
+            if not dead and not mutant.explanation:
+                survivors.append(number)
+            verdict = "killed" if dead else f"SURVIVED ({mutant.explanation or 'unexplained'})"
+            seconds = time.monotonic() - began
+            print(f"{number:3} {mutant.old!r} -> {mutant.new!r}: {verdict} [{seconds:.0f} s]", flush=True)
+    print(f"\n{killed} killed, {explained} survived and explained, unexplained: {survivors or 'none'}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""SIGINT and SIGTERM: a checkpoint, the documented exit code, and soon."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from dvrl_jax import reporting, runs, training
+from tests.tiny import tiny_hike
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["num_envs=4", "model.channels=(8,8)", "model.h_dim=8", "model.action_encoding=4", "log.interval=10"]
+BEYOND_THE_RUNNING_CHUNK = 10  # Seconds in which a checkpoint must be written and the process gone.
+
+
+def start(workdir):
+    command = [sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py", f"--workdir={workdir}"]
+    command += [f"--config.{field}" for field in SMALL]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def wait_for(process, happened):
+    deadline = time.monotonic() + 600
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_soon(tmp_path, number, code):
+    process = start(tmp_path)
+    wait_for(process, lambda: (tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3)
+    began = time.monotonic()
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=600)
+    elapsed = time.monotonic() - began
+    assert process.returncode == code
+    assert "Traceback" not in errors and f"stopped by {number.name}; checkpoint at update" in output
+    update = int(output.rsplit("update ", 1)[1].split()[0].replace(",", ""))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(update)]
+    assert update >= runs.read_metrics(tmp_path)[-1]["update"]
+    assert elapsed < training.MAX_CALL_SECONDS + BEYOND_THE_RUNNING_CHUNK
+
+
+def test_a_signal_while_starting_leaves_too(tmp_path):
+    process = start(tmp_path)
+    wait_for(process, lambda: (tmp_path / ".lock").exists())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch):
+    """The signal comes while a resumed run compiles: its checkpoint is there already and stays as it is."""
+    config = tiny_hike("rnn")
+
+    def train(steps):
+        overrides = {"total_env_steps": steps}
+        given = config.copy_and_resolve_references()
+        given.update(overrides)
+        run, settings = training.prepare(tmp_path, given, overrides, default.get_config())
+        try:
+            return training.train(run, settings, default.get_config())
+        finally:
+            run.close()
+
+    train(200)
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    say = reporting.Progress.say
+
+    def interrupt(self, text):
+        say(self, text)
+        if "compiled in" in text:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(reporting.Progress, "say", interrupt)
+    with pytest.raises(training.Interrupted) as stop:
+        train(400)
+    assert stop.value.signum == signal.SIGTERM
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    assert int(train(400).update) == 20
