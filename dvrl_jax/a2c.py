@@ -226,6 +226,7 @@ class Learner(NamedTuple):
     init: Callable[[Array], TrainState]
     restart: Callable[[TrainState, EnvState], TrainState]
     run: Callable[[TrainState, Array], TrainState]
+    roll_out: Callable[..., Rollout]
     gradient: Callable[..., tuple[nnx.State, Outcome]]
     push: Callable[[Window, Segment], Window]
     draw: Callable[[Array], Draws]
@@ -269,8 +270,8 @@ def make_learner(config, env: Environment) -> Learner:
     """Builds training for a configuration and an environment.
 
     Returns a `Learner` of functions: `init(key)` makes the state, `restart` gives it new episodes, `run(state, n)` does
-    n updates (n is data: one compiled program serves all; fewer, if too many in a row are skipped), `gradient` is the
-    gradient across the window, and `draw` makes a segment's randomness.
+    n updates (n is data: one compiled program serves all; fewer, if too many in a row are skipped), `roll_out` acts for
+    a segment, `gradient` is the gradient across the window, and `draw` makes a segment's randomness.
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
     capacity = config.bptt_segments - 1
@@ -477,4 +478,4 @@ def make_learner(config, env: Environment) -> Learner:
         )
         return restart(state, env.reset(env_key))
 
-    return Learner(init, restart, run, gradient, push, draw, graphdef)
+    return Learner(init, restart, run, roll_out, gradient, push, draw, graphdef)

@@ -1,0 +1,246 @@
+"""Speed of training, alone or beside PyTorch.
+
+    python -m benchmarks.throughput --config=configs/pong_dvrl.py [--compare=torch] [--repeats=3]
+
+Every measurement is a process of its own, one at a time; with `--compare=torch` ours and the peer's
+(`benchmarks/torch_dvrl.py`) take turns. Ours is the compiled call that `train.py` makes. A process warms up for one
+window of updates, then times whole windows, so that short and long windows are all in.
+Prints a table and, as the last line, JSON with the medians and their ratio.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line
+from dvrl_jax import config as config_lib
+
+FLAGS = flags.FLAGS
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed_windows(run_window: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds that each call of `run_window` takes, for at least three calls and `seconds` in all."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        began = time.perf_counter()
+        run_window()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def report(config, times: list[float], **more: Any) -> dict[str, Any]:
+    """What a worker found, from the seconds that windows of updates took."""
+    ms = 1e3 * statistics.median(times) / config.bptt_segments
+    return {"ms": ms, "steps_per_second": config.num_envs * config.num_steps / ms * 1e3, **more}
+
+
+def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
+    """Speed of the compiled training call; with `parts`, also of its pieces compiled alone."""
+    import jax
+    import jax.numpy as jnp
+
+    from dvrl_jax import a2c, envs
+
+    began = time.perf_counter()
+    env = envs.make_env(config.env, config.num_envs, config.seed)
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(config.seed))
+    setup = time.perf_counter() - began
+    began = time.perf_counter()
+    program = jax.jit(learner.run, donate_argnums=0).lower(state, jnp.int32(1)).compile()
+    compile_time = time.perf_counter() - began
+
+    def run_window():
+        nonlocal state
+        state = jax.block_until_ready(program(state, jnp.int32(config.bptt_segments)))
+
+    run_window()
+    result = report(config, timed_windows(run_window, seconds), compile=compile_time, setup=setup)
+    result["device"] = jax.devices()[0].device_kind
+    stats = jax.devices()[0].memory_stats()
+    result["memory_mb"] = stats["peak_bytes_in_use"] / 2**20 if stats else peak_memory_mb()
+    if parts:
+        result["parts"] = measure_parts(config, env, learner, state, result["ms"])
+    return result
+
+
+def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, float]:
+    """Milliseconds per update of environment, acting, learning from the newest segment and optimiser, each alone.
+
+    What remains of the whole is the earlier segments of the window, with whatever the whole does not share with its
+    parts. A piece compiled alone may be a little cheaper than in its place: results that nobody reads are not made.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from dvrl_jax import a2c
+
+    optimizer = a2c.make_optimizer(config.optimizer)
+
+    def environment(state, i):
+        action = learner_action(state)
+        step = lambda env_state, _: (env.step(env_state, action), None)
+        return state._replace(
+            actor=state.actor._replace(env=jax.lax.scan(step, state.actor.env, None, config.num_steps)[0])
+        )
+
+    def learner_action(state):
+        shape = (env.num_envs,) if env.action.discrete else (env.num_envs, env.action.size)
+        return jnp.zeros(shape, jnp.int32 if env.action.discrete else jnp.float32)
+
+    def acting(state, i):
+        draws = learner.draw(jax.random.fold_in(state.key, i))
+        rollout = learner.roll_out(state.params, state.batch_stats, state.actor, draws)
+        return state._replace(actor=rollout.actor, batch_stats=rollout.batch_stats)
+
+    def newest(state, i):
+        draws = learner.draw(jax.random.fold_in(state.key, i))
+        window = state.window._replace(length=jnp.int32(0))
+        grads, outcome = learner.gradient(state.params, state.batch_stats, state.actor, window, draws)
+        tiny = jax.tree.map(lambda p, g: p + 1e-12 * g, state.params, grads)
+        return state._replace(actor=outcome.rollout.actor, params=tiny)
+
+    def optimiser(state, i):
+        updates, opt_state = optimizer.update(state.params, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + 1e-12 * u, state.params, updates)
+        return state._replace(params=params, opt_state=opt_state)
+
+    def milliseconds(piece) -> float:
+        nonlocal state
+
+        def loop(state, n):
+            return jax.lax.fori_loop(0, n, lambda i, state: piece(state, i), state)
+
+        program = jax.jit(loop, donate_argnums=0).lower(state, jnp.int32(1)).compile()
+
+        def once():
+            nonlocal state
+            state = jax.block_until_ready(program(state, jnp.int32(5)))
+
+        once()
+        return 1e3 * statistics.median(timed_windows(once, 2.0)) / 5
+
+    times = {piece.__name__: milliseconds(piece) for piece in (environment, acting, newest, optimiser)}
+    parts = {
+        "environment": times["environment"],
+        "acting, without environment": times["acting"] - times["environment"],
+        "learning, newest segment": times["newest"] - times["acting"],
+        "optimiser": times["optimiser"],
+    }
+    parts["learning, earlier segments"] = total_ms - sum(parts.values())
+    return parts
+
+
+def measure_torch(config, seconds: float) -> dict[str, Any]:
+    """Speed of the PyTorch peer on as many threads as there are cores."""
+    import torch
+
+    from benchmarks.torch_dvrl import make_trainer
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    trainer = make_trainer(config)
+
+    def run_window():
+        for _ in range(config.bptt_segments):
+            trainer.update()
+
+    run_window()
+    times = timed_windows(run_window, seconds)
+    return report(config, times, memory_mb=peak_memory_mb(), device=f"torch {torch.__version__}")
+
+
+def run_worker(config, kind: str, seconds: float, parts: bool = False) -> dict[str, Any]:
+    """Measures in a process of its own; the configuration goes there as JSON.
+
+    Raises:
+        RuntimeError: the process failed; its messages come first.
+    """
+    job = {"fields": config_lib.flatten(config), "kind": kind, "seconds": seconds, "parts": parts}
+    command = [sys.executable, "-m", "benchmarks.throughput"]
+    environment = os.environ | {"DVRL_JAX_BENCHMARK": json.dumps(job)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{done.stderr}\nmeasuring {kind} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(job: dict[str, Any]) -> None:
+    config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
+    if job["kind"] == "ours":
+        result = measure_ours(config, job["seconds"], job["parts"])
+    else:
+        result = measure_torch(config, job["seconds"])
+    print(json.dumps(result))
+
+
+def machine() -> str:
+    """The machine in words."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{len(os.sched_getaffinity(0))} cores of {model}"
+
+
+def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
+    print(f"{'':8} {'steps/s':>10} {'ms/update':>10} {'(each repeat)':24} {'memory MB':>10} {'compile s':>10}")
+    for kind, found in results.items():
+        median = lambda name, found=found: statistics.median(result[name] for result in found)
+        each = " ".join(f"{result['ms']:.1f}" for result in found)
+        compiled = f"{median('compile'):10.1f}" if "compile" in found[0] else ""
+        print(
+            f"{kind:8} {median('steps_per_second'):10,.0f} {median('ms'):10.2f} {each:24} "
+            f"{median('memory_mb'):10,.0f} {compiled}"
+        )
+    for name, ms in results["ours"][0].get("parts", {}).items():
+        print(f"  {name:32} {ms:10.2f} ms")
+
+
+def main() -> int:
+    config, _ = command_line.config_and_overrides()
+    if config is None:
+        raise config_lib.ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
+    config = config_lib.finalise(ml_collections.ConfigDict(config))
+    kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for repeat in range(FLAGS.repeats):
+        for kind in kinds:
+            results[kind].append(run_worker(config, kind, FLAGS.seconds, parts=repeat == 0 and FLAGS.parts))
+    print(f"{config.algorithm} on {config.env.name}, {machine()}")
+    print_table(results)
+    speed = {kind: statistics.median(r["steps_per_second"] for r in found) for kind, found in results.items()}
+    last = {"ours": speed["ours"]}
+    if FLAGS.compare:
+        last |= {"torch": speed["torch"], "ratio": speed["ours"] / speed["torch"]}
+    print(json.dumps(last))
+    return 0
+
+
+if __name__ == "__main__":
+    if "DVRL_JAX_BENCHMARK" in os.environ:
+        work(json.loads(os.environ["DVRL_JAX_BENCHMARK"]))
+    else:
+        command_line.define_config()
+        flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")
+        flags.DEFINE_integer("repeats", 3, "How many times each is measured.", lower_bound=1)
+        flags.DEFINE_float("seconds", 10.0, "Each measurement takes at least this long, after warm-up.")
+        flags.DEFINE_boolean("parts", True, "Also measure the pieces of an update, once.")
+        command_line.run(main, default.get_config())
