@@ -124,7 +124,13 @@ def _check(c: ConfigDict) -> None:
     require("optimizer.betas", valid_betas, "two numbers, each at least 0 and less than 1")
     channels = c.model.channels
     require("model.channels", all(isinstance(n, int) and n >= 1 for n in channels), "whole numbers, at least 1")
+    require("log.save_reconstruction_interval", c.log.save_reconstruction_interval >= 0, "at least 0")
+    times = c.log.predicted_times
+    valid_times = len(times) > 0 and all(isinstance(dt, int) and dt >= 0 for dt in times)
+    require("log.predicted_times", valid_times, "at least one whole number of steps, each at least 0")
     if c.algorithm == "rnn":
+        predicts = c.model.obs_loss_coef > 0 or c.log.save_reconstruction_interval == 0
+        require("log.save_reconstruction_interval", predicts, _RNN_RECONSTRUCTION)
         require("loss.encoding_coef", c.loss.encoding_coef == 0 or c.model.obs_loss_coef > 0, _RNN_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
@@ -141,6 +147,7 @@ def _check(c: ConfigDict) -> None:
 
 
 _RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
+_RNN_RECONSTRUCTION = "0 for an RNN without model.obs_loss_coef, which predicts nothing"
 
 
 def to_json(config: ConfigDict) -> str:
