@@ -26,7 +26,14 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
-    [([], 37), (["hike"], 6), (["atari/Pong"], 2), (["*/rnn"], 13), (["hike/0.3/dvrl", "atari/Pong/rnn"], 2)],
+    [
+        ([], 37),
+        (["hike"], 6),
+        (["atari/Pong"], 2),
+        (["atari/*/rnn"], 10),
+        (["ablation/particles"], 4),
+        (["hike/0.3/dvrl", "atari/Pong/rnn"], 2),
+    ],
 )
 def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):
     assert len(experiments.select(patterns)) == count
