@@ -24,14 +24,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def train(arguments: list[str]) -> int:
-    """One run of train.py in a process of its own, which gets and answers Ctrl-C itself; returns its exit code."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """One run of train.py in a process of its own, which is sent Ctrl-C and SIGTERM; returns its exit code."""
+    command = [sys.executable, str(HERE / "train.py"), *arguments]
+    # In a session of its own: else a terminal's Ctrl-C would reach it twice.
+    process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in numbers}
     try:
-        restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        command = [sys.executable, str(HERE / "train.py"), *arguments]
-        return subprocess.run(command, cwd=HERE, preexec_fn=restore, check=False).returncode
+        return process.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def steps_of(experiment: Experiment) -> int:
@@ -90,9 +93,9 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
             print(f"{path}: training", flush=True)
             settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
             code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
-            if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
                 print(f"{path}: stopped; the same command goes on from there", flush=True)
-                sys.exit(code)
+                sys.exit(code if code > 0 else 128 - code)
             if code:
                 print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
                 failed.append(str(path))

@@ -2,4 +2,8 @@
 # Builds the image dvrl-jax:  docker/build.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-docker build --file docker/Dockerfile --build-arg UID="$(id -u)" --build-arg GID="$(id -g)" --tag dvrl-jax .
+uid=$(id -u) gid=$(id -g)
+if [ "$uid" -eq 0 ]; then # Nothing runs as root inside, whoever builds.
+  uid=1000 gid=1000
+fi
+docker build --file docker/Dockerfile --build-arg UID="$uid" --build-arg GID="$gid" --tag dvrl-jax .

@@ -7,6 +7,7 @@ All of them are views of the run directory. TensorBoard's event files are writte
 import abc
 import contextlib
 import math
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ class WeightsAndBiases(Logger):
         self._wandb = wandb
         id_path = run.path / "wandb_id"
         if not id_path.exists():
-            id_path.write_text(wandb.util.generate_id() + "\n")
+            id_path.write_text(secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             project="dvrl_jax",
             name=run.path.name,
