@@ -186,7 +186,11 @@ class Speeds:
 
     def __init__(self, root: Path):
         self.path = root / "speeds.json"
-        self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        try:
+            self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except ValueError:
+            message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
+            raise runs.RunError(message) from None
         self._seen: dict[str, list[float]] = {}
         for metrics in sorted(root.glob("**/metrics.jsonl")):
             fields = runs.read_config(metrics.parent)
