@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.recording import Recording
@@ -20,7 +20,7 @@ def positions(observations: np.ndarray) -> np.ndarray:
     return observations / mountain_hike.OBSERVATION_SCALE
 
 
-def draw_landscape(axis: plt.Axes) -> None:
+def draw_landscape(axis: Axes) -> None:
     """The reward of standing at each place, with the box's edge; x to the right, y upwards."""
     ticks = np.linspace(-LIMIT, LIMIT, 321)
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1)
@@ -28,7 +28,7 @@ def draw_landscape(axis: plt.Axes) -> None:
     extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
     image = axis.imshow(heights, origin="lower", extent=extent, cmap="viridis", interpolation="bilinear")
     axis.figure.colorbar(image, ax=axis, label="reward per step at a place", fraction=0.046, pad=0.03)
-    axis.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linewidth=0.8, linestyle=":"))
+    axis.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linewidth=0.8, linestyle=":"))
     axis.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xlabel="x", ylabel="y")
 
 
@@ -78,16 +78,12 @@ class HikePainter:
                 cursor.set_xdata([t, t])
             title.set_text(f"step {t + 1}, return so far {total[t]:.1f}")
             yield figure_to_array(figure)
-        plt.close(figure)
 
     def still(self, recording: Recording) -> np.ndarray:
         """The whole episode: path, all readings, all particles, and the belief's mean step by step."""
-        figure = self.figure(recording)
-        pixels = figure_to_array(figure)
-        plt.close(figure)
-        return pixels
+        return figure_to_array(self.figure(recording))
 
-    def figure(self, recording: Recording) -> plt.Figure:
+    def figure(self, recording: Recording) -> Figure:
         """The still as a matplotlib figure, for notebooks."""
         figure, (axis, *side) = _layout(3)
         draw_landscape(axis)
@@ -107,21 +103,21 @@ class HikePainter:
         return figure
 
 
-def _layout(panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
+def _layout(panels: int) -> tuple[Figure, list[Axes]]:
     """A map at the left, and panels - 1 small axes at the right."""
-    figure = plt.figure(figsize=(11.0, 6.4), dpi=90, layout="constrained")
+    figure = Figure(figsize=(11.0, 6.4), dpi=90, layout="constrained")
     grid = figure.add_gridspec(panels - 1, 2, width_ratios=(1.75, 1.0))
     return figure, [figure.add_subplot(grid[:, 0]), *(figure.add_subplot(grid[i, 1]) for i in range(panels - 1))]
 
 
-def _legend(axis: plt.Axes, skip: tuple[str, ...] = ()) -> None:
+def _legend(axis: Axes, skip: tuple[str, ...] = ()) -> None:
     entries = [(h, label) for h, label in zip(*axis.get_legend_handles_labels(), strict=True) if label not in skip]
     style = {"loc": "upper left", "fontsize": "small", "facecolor": "0.35", "labelcolor": "white", "framealpha": 0.85}
     for handle in axis.legend(*zip(*entries, strict=True), **style).legend_handles:
         handle.set_alpha(1.0)
 
 
-def _curves(axes: list[plt.Axes], recording: Recording, cursor: bool = True) -> list:
+def _curves(axes: list[Axes], recording: Recording, cursor: bool = True) -> list:
     """Distances to the true position, and values with the effective sample size; returns the cursors to move."""
     steps = np.arange(len(recording.view))
     distance = lambda where: np.linalg.norm(where - recording.view, axis=-1)
@@ -146,8 +142,9 @@ def _curves(axes: list[plt.Axes], recording: Recording, cursor: bool = True) -> 
     return [axis.axvline(0, color="black", linewidth=0.8) for axis in axes[:2]] if cursor else []
 
 
-def figure_to_array(figure) -> np.ndarray:
-    """A matplotlib figure as pixels, uint8 [height, width, 3], cropped to an even size."""
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """A figure as pixels, uint8 [height, width, 3], cropped to an even size; needs no display."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
