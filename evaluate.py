@@ -1,4 +1,4 @@
-"""Plays whole games with a trained agent: python evaluate.py --workdir=saved_runs/3 [--episodes=20] [--greedy]"""
+"""Plays whole games with a trained agent: python evaluate.py --workdir=saved_runs/3 [--video=out.mp4]"""
 
 from pathlib import Path
 
@@ -12,12 +12,17 @@ EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower
 GREEDY = flags.DEFINE_boolean("greedy", False, "Take the most probable action instead of sampling.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
 SEED = flags.DEFINE_integer("seed", 1_000_000, "Fixes games and draws; other than in training by default.")
+VIDEO = flags.DEFINE_string("video", None, "Also draws one game's belief: name of an .mp4, .gif or .png (a still).")
+VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the video shows.", lower_bound=1)
 
 
 def main() -> int:
-    from dvrl_jax import evaluation
+    from dvrl_jax import evaluation, pictures
 
     path = Path(WORKDIR.value)
+    video = Path(VIDEO.value) if VIDEO.value else None
+    if video:
+        pictures.check_path(video)
     args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
     result = evaluation.evaluate(path, default.get_config(), *args)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
@@ -25,6 +30,9 @@ def main() -> int:
     print(f"return {result['mean']:.2f}{error} (mean and standard error)")
     print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
     print(f"{result['mean_length']:.0f} steps per game")
+    if video:
+        evaluation.draw(path, default.get_config(), video, VIDEO_STEPS.value, *args[1:])
+        print(video)
     return 0
 
 

@@ -51,6 +51,10 @@ def get_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.interval = 1000  # Updates per metrics line.
+    c.log.tensorboard = True  # Also write the metrics as TensorBoard event files.
+    c.log.wandb = False  # Also send them to Weights & Biases (needs the extra "wandb").
+    c.log.save_reconstruction_interval = 0  # Updates between saved reconstructions and predictions; 0 saves none.
+    c.log.predicted_times = (0, 1, 2, 3, 4, 5, 10)  # How many steps ahead those predict; 0 is the reconstruction.
 
     c.checkpoint = ConfigDict()
     c.checkpoint.interval = 10_000  # Updates between checkpoints; 0 saves only at the end.

@@ -1,1 +1,45 @@
-"""Deep Variational Reinforcement Learning in JAX."""
+"""Deep Variational Reinforcement Learning in JAX, for use in programs and notebooks.
+
+    import jax
+    import dvrl_jax
+
+    config = dvrl_jax.make_config("mountain_hike_dvrl", num_envs=8, model__num_particles=30)
+    env = dvrl_jax.make_env(config)
+    train = dvrl_jax.make_train(config, env)
+    state, history = train(seed=0, num_updates=500)  # The final state, and metrics per log interval.
+    agent = dvrl_jax.trained_agent(config, env, state)
+    game = dvrl_jax.record(agent, dvrl_jax.make_env(config, num_envs=1, keep_view=True), jax.random.PRNGKey(1))
+    pixels = dvrl_jax.painter_for(config.env.name, env).still(game)
+
+Nothing is written to disk by these; runs with directories, checkpoints and resuming are made by `train.py`.
+"""
+
+import importlib
+
+# What is offered, by the module that has it. Imported when asked for: most programs need only a part.
+_HOMES = {
+    "Agent": "agents",
+    "Environment": "envs",
+    "Games": "evaluation",
+    "Recording": "recording",
+    "make_agent": "api",
+    "make_config": "api",
+    "make_env": "api",
+    "make_train": "api",
+    "painter_for": "pictures",
+    "play": "evaluation",
+    "record": "recording",
+    "trained_agent": "api",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dvrl_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dvrl_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -151,7 +151,13 @@ def _check(c: ConfigDict) -> None:
     channels = c.model.channels
     valid_channels = all(type(n) is int and 1 <= n <= LARGEST for n in channels)
     require("model.channels", valid_channels, f"whole numbers, at least 1 and at most {LARGEST:,}")
+    require("log.save_reconstruction_interval", c.log.save_reconstruction_interval >= 0, "at least 0")
+    times = c.log.predicted_times
+    valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
+    require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
     if c.algorithm == "rnn":
+        predicts = c.model.obs_loss_coef > 0 or c.log.save_reconstruction_interval == 0
+        require("log.save_reconstruction_interval", predicts, _RNN_RECONSTRUCTION)
         require("loss.encoding_coef", c.loss.encoding_coef == 0 or c.model.obs_loss_coef > 0, _RNN_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
@@ -168,6 +174,7 @@ def _check(c: ConfigDict) -> None:
 
 
 _RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
+_RNN_RECONSTRUCTION = "0 for an RNN without model.obs_loss_coef, which predicts nothing"
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, compilation, envs, runs
+from dvrl_jax import a2c, checkpoints, compilation, envs, pictures, recording, runs
 from dvrl_jax import config as config_lib
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
@@ -134,3 +134,16 @@ def evaluate(
     summary = {"update": update, "greedy": greedy, "seed": seed} | games.summary()
     (path / f"evaluation-{update}.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def draw(
+    path: Path, default: ConfigDict, video: Path, max_steps: int, greedy: bool, checkpoint: str, seed: int
+) -> recording.Recording:
+    """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows."""
+    config = read_run_config(path, default)
+    env = envs.make_env(config.env, 1, seed, keep_view=True)
+    painter = pictures.painter_for(config.env.name, env)
+    agent, _ = load_agent(path, config, env, checkpoint)
+    recorded = recording.record(agent, env, jax.random.PRNGKey(seed), greedy, max_steps)
+    pictures.write(video, painter, recorded)
+    return recorded

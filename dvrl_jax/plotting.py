@@ -101,6 +101,8 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
     if len(series) == 1:
         return Curve(label, *series[0], None)
     series = [(x, y) for x, y in series if x.size]
+    if not series:  # No value yet, such as a return before any episode has ended.
+        return Curve(label, np.array([]), np.array([]), None)
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
     values = np.stack([np.interp(grid, x, y) for x, y in series])

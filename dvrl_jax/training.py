@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, compilation, envs, networks, reporting, runs
+from dvrl_jax import a2c, checkpoints, compilation, envs, loggers, networks, reconstructions, reporting, runs
 from dvrl_jax import config as config_lib
 
 # A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
@@ -78,13 +78,15 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
             print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
         is_finished = int(state.env_steps) >= config.total_env_steps
         run.rewind_metrics(int(state.update), continues=not is_finished)
+        reconstructions.rewind(run.path, int(state.update))
         run.write_config(config_lib.to_json(config))
         if is_finished:
             print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
             return state
         # Only programs without EnvPool in them can be found again in the compilation cache.
         use_cache = use_cache and env.restorable
-        return _Loop(run, config, learner, saver, env.restorable, wall_time, use_cache).run(state)
+        with contextlib.closing(loggers.Loggers(run, config)) as log:
+            return _Loop(run, config, learner, saver, log, env.restorable, wall_time, use_cache).run(state)
 
 
 def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
@@ -99,10 +101,12 @@ class _Loop:
     """Calls the compiled program, and writes log lines and checkpoints between the calls."""
 
     def __init__(
-        self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float, use_cache: bool
+        self, run, config, learner: a2c.Learner, saver, log, with_episodes: bool, wall_time: float, use_cache: bool
     ):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
+        self.log = log
         self.program = jax.jit(learner.run, donate_argnums=0)
+        self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
         self.use_cache = use_cache
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
@@ -149,7 +153,9 @@ class _Loop:
         return state
 
     def _intervals(self) -> list[int]:
-        return [every for every in (self.config.log.interval, self.config.checkpoint.interval) if every > 0]
+        log = self.config.log
+        intervals = (log.interval, log.save_reconstruction_interval, self.config.checkpoint.interval)
+        return [every for every in intervals if every > 0]
 
     def _remaining_updates(self, state: a2c.TrainState) -> int:
         steps = self.config.total_env_steps - int(state.env_steps)
@@ -170,12 +176,16 @@ class _Loop:
             if not is_line:
                 line["final"] = True
             self.run_directory.append_metrics(line)
+            self.log.line(line)
             self.line_steps, self.line_seconds = steps, 0.0
         progress.advance(steps, results["result.true"], metrics["loss.total"], is_line or is_end)
         if failed:
             raise self._too_many_skipped(state)
         if is_line:
             state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+        every = self.config.log.save_reconstruction_interval
+        if every and update % every == 0:
+            self._save_reconstruction(state)
         every = self.config.checkpoint.interval
         if is_end or (every and update % every == 0):
             self._save(state)
@@ -188,6 +198,13 @@ class _Loop:
             f"because in {int(state.skipped_in_row):,} updates in a row (max_skipped_updates) {names} were not finite; "
             f"nothing was saved now, {self.saver.last_good()}"
         )
+
+    def _save_reconstruction(self, state: a2c.TrainState) -> None:
+        arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
+        reconstructions.save(self.run_directory.path, int(state.update), arrays)
+        picture = reconstructions.picture(arrays)
+        if picture is not None:
+            self.log.image("reconstructions", picture, int(state.env_steps))
 
     def _wall_time(self) -> float:
         return self.wall_time_before + time.monotonic() - self.start
@@ -204,6 +221,8 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     """
     if config is not None:
         config = config_lib.finalise(config)
+        if config.log.wandb:
+            loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
         raise config_lib.ConfigError("--config: is needed to start a new run")
     run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)

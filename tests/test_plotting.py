@@ -43,3 +43,10 @@ def test_what_does_not_exist_is_answered_with_what_does(tmp_path):
         plotting.load_run(tmp_path / "2")
     with pytest.raises(runs.RunError, match=r"there are env_steps, result\.true"):
         plotting.check_metric([run], "result.tru")
+
+
+def test_seeds_without_a_value_yet_are_drawn_as_nothing(tmp_path):
+    both = [write_run(tmp_path / str(seed), [10, 20], [None, None], seed=seed) for seed in (0, 1)]
+    curve = plotting.curve("rnn", both, "result.true")
+    assert curve.steps.size == 0 and curve.spread is None
+    plotting.plot(both, ["result.true"])

@@ -71,3 +71,7 @@ class Environment(abc.ABC):
     @abc.abstractmethod
     def step(self, state: EnvState, action: Array) -> EnvState:
         """Takes actions [B] int32 (discrete) or [B, A] float32 (continuous). Pure, to be called in compiled code."""
+
+    def view(self, state: EnvState) -> Any:
+        """What a person is shown of the true state, arrays [B, ...]: the observation, where nothing says more."""
+        return state.obs

@@ -96,5 +96,9 @@ class MountainHike(Environment):
         obs = self._observe(position, reading_noise)
         return EnvState(inner, obs, reward, done, jnp.ones_like(done), reward, done, jnp.ones_like(done))
 
+    def view(self, state: EnvState) -> Array:
+        """True positions [B, 2]."""
+        return state.inner.position
+
     def _observe(self, position: Array, noise: Array) -> Array:
         return OBSERVATION_SCALE * (position + self.observation_std * noise)

@@ -1,0 +1,86 @@
+"""Configurations, environments, agents and training as functions: what `import dvrl_jax` offers to a notebook."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dvrl_jax import a2c, compilation, envs
+from dvrl_jax import config as config_lib
+from dvrl_jax.agents import Agent, bind
+from dvrl_jax.envs import Environment
+
+Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
+
+
+def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
+    """A checked configuration from `configs/`.
+
+    Args:
+        name: of the file, for example "mountain_hike_dvrl". arguments: passed to it, such as the game for "atari_dvrl".
+        fields: values to set, with `__` for the dot in a field's name: `model__num_particles=30`.
+    Raises:
+        ConfigError: there is no such configuration or field, or a value is impossible.
+    """
+    try:
+        module = importlib.import_module(f"configs.{name}")
+    except ModuleNotFoundError:
+        message = f"{name}: there is no configs/{name}.py in the working directory or on sys.path"
+        raise config_lib.ConfigError(message) from None
+    values = {field.replace("__", "."): value for field, value in fields.items()}
+    return config_lib.finalise(config_lib.merge(module.get_config(*arguments), values))
+
+
+def make_env(
+    config: ConfigDict, num_envs: int | None = None, seed: int | None = None, keep_view: bool = False
+) -> Environment:
+    """The environment of a configuration, of `config.num_envs` and `config.seed` if not said otherwise.
+
+    `keep_view` is needed for `record` where observations are blanked.
+    """
+    num_envs = config.num_envs if num_envs is None else num_envs
+    return envs.make_env(config.env, num_envs, config.seed if seed is None else seed, keep_view)
+
+
+def make_agent(config: ConfigDict, env: Environment, seed: int = 0) -> Agent:
+    """The agent of a configuration with fresh weights."""
+    return a2c.make_agent(config, env, jax.random.PRNGKey(seed))
+
+
+def make_train(config: ConfigDict, env: Environment) -> Train:
+    """Returns `train(seed=0, num_updates=..., state=None)`, which trains in `env`.
+
+    An update is `config.num_steps` steps in each environment. `train` returns the final `TrainState` and a list of
+    metrics, one dict per `config.log.interval` updates under the names of metrics.jsonl. With a `state` that it
+    returned before, it continues from there; that state's buffers are donated and cannot be used again.
+    """
+    learner = a2c.make_learner(config, env)
+    program = jax.jit(learner.run, donate_argnums=0)
+
+    def train(seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None):
+        state = learner.init(jax.random.PRNGKey(seed)) if state is None else state
+        history, end = [], int(state.update) + num_updates
+        with compilation.cached(env.restorable):
+            while (update := int(state.update)) < end:
+                count = min(end - update, config.log.interval - update % config.log.interval)
+                state = program(state, jnp.int32(count))
+                if int(state.update) % config.log.interval == 0:
+                    line = {"update": int(state.update), "env_steps": int(state.env_steps)}
+                    history.append(line | state.episodes.summary() | state.metrics.means())
+                    state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+        return state, history
+
+    return train
+
+
+def trained_agent(config: ConfigDict, env: Environment, state: a2c.TrainState) -> Agent:
+    """The agent with a state's weights, ready to play: batch norm uses its running averages."""
+    abstract = nnx.eval_shape(lambda: make_agent(config, env))
+    graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+    agent = bind(graphdef, *jax.tree.map(jnp.copy, (state.params, state.batch_stats)))
+    agent.use_running_average = True
+    return agent

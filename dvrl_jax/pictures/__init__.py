@@ -1,0 +1,106 @@
+"""Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still.
+
+An environment's picture is a `Painter`. `PAINTERS` names those of particular environments; any other environment with
+image observations gets `FramePainter`. Nothing here needs a display.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from dvrl_jax.envs import Environment
+from dvrl_jax.pictures.frames import FramePainter
+from dvrl_jax.pictures.hike import HikePainter
+from dvrl_jax.recording import Recording
+from dvrl_jax.runs import RunError
+
+ENDINGS = (".mp4", ".gif", ".png")
+
+
+class Painter(Protocol):
+    """Draws recordings of one kind of environment."""
+
+    fps: int  # Steps per second in which the game runs at its natural speed.
+
+    def frames(self, recording: Recording) -> Iterator[np.ndarray]:
+        """One picture per step, uint8 [height, width, 3], all of one even size."""
+
+    def still(self, recording: Recording) -> np.ndarray:
+        """One picture of the whole recording, uint8 [height, width, 3]."""
+
+
+# Painters by the name that configurations give the environment.
+PAINTERS: dict[str, type[Painter]] = {"MountainHike": HikePainter}
+
+
+def painter_for(name: str, env: Environment) -> Painter:
+    """The painter of the environment that configurations call `name`.
+
+    Raises:
+        RunError: there is none.
+    """
+    if name in PAINTERS:
+        return PAINTERS[name]()
+    if env.observation.is_image:
+        return FramePainter()
+    raise RunError(f"--video: there is no picture for {name}; add a painter to dvrl_jax.pictures.PAINTERS")
+
+
+def check_path(path: Path) -> None:
+    """Raises RunError if a picture cannot be written there in the format that the name's ending says."""
+    if path.suffix not in ENDINGS:
+        raise RunError(f"--video: {str(path)!r} must end in one of {', '.join(ENDINGS)}")
+    if not path.parent.is_dir():
+        raise RunError(f"--video: there is no directory {str(path.parent)!r}")
+    if path.suffix == ".mp4":
+        _ffmpeg()
+
+
+def write(path: Path, painter: Painter, recording: Recording) -> None:
+    """Writes a recording as MP4 (all steps), GIF (all steps) or PNG (one still), by the name's ending.
+
+    Raises:
+        RunError: the ending is another one, or MP4 is not installed.
+    """
+    check_path(path)
+    if path.suffix == ".png":
+        Image.fromarray(painter.still(recording)).save(path, optimize=True)
+    elif path.suffix == ".gif":
+        _write_gif(path, painter.frames(recording), painter.fps)
+    else:
+        _write_mp4(path, painter.frames(recording), painter.fps)
+
+
+def _write_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+    frames = iter(frames)
+    # One palette for all frames, so that colours do not flicker, taken from the first.
+    first = Image.fromarray(next(frames)).quantize(128)
+    rest = (Image.fromarray(frame).quantize(palette=first, dither=Image.Dither.NONE) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+    frames = iter(frames)
+    first = next(frames)
+    size = (first.shape[1], first.shape[0])
+    writer = _ffmpeg().write_frames(str(path), size, fps=fps, macro_block_size=2, ffmpeg_log_level="error")
+    writer.send(None)
+    try:
+        for frame in (first, *frames):
+            writer.send(np.ascontiguousarray(frame))
+    finally:
+        writer.close()
+
+
+def _ffmpeg():
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise RunError("--video: MP4 needs the extra 'video' (pip install -e '.[video]'); GIF works without") from None
+    return imageio_ffmpeg
+
+
+__all__ = ["PAINTERS", "FramePainter", "HikePainter", "Painter", "check_path", "painter_for", "write"]

@@ -1,0 +1,129 @@
+"""Image observations as a picture: game, observation, reconstruction, predictions, and the numbers of the belief."""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dvrl_jax.recording import Recording
+
+INK, FAINT, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
+BLUE, ORANGE, GRID = (31, 119, 180), (255, 127, 14), (225, 225, 225)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """An image [h, w, 1] or [h, w, 3], floating point 0..1 or uint8, as uint8 [h, w, 3]."""
+    if image.dtype != np.uint8:
+        image = np.round(255 * np.clip(image, 0.0, 1.0)).astype(np.uint8)
+    return np.repeat(image, 3 // image.shape[-1], axis=-1)
+
+
+class FramePainter:
+    """Image observations: game, observation, reconstruction and predictions in a row, numbers of the belief below."""
+
+    fps = 15  # An Atari step is four frames of 1/60 s.
+    side, gap, margin, caption = 168, 12, 16, 22
+    below = 150
+    history = 100  # Steps that the curve of values shows.
+
+    def frames(self, recording: Recording) -> Iterator[np.ndarray]:
+        for t in range(len(recording.value)):
+            yield self._paint(recording, t)
+
+    def still(self, recording: Recording) -> np.ndarray:
+        """A step in the middle; one without an observation, if there is one, since those tell most."""
+        middle = len(recording.value) // 2
+        blank = np.flatnonzero(~recording.observed)
+        return self._paint(recording, int(blank[np.argmin(np.abs(blank - middle))]) if blank.size else middle)
+
+    def panel(self, frame: np.ndarray, column: int) -> np.ndarray:
+        """The image [84, 84] (red channel, at half size) of one panel of a finished frame."""
+        x, y = self.margin + column * (self.side + self.gap), self.margin + self.caption
+        return frame[y : y + self.side : 2, x : x + self.side : 2, 0]
+
+    def _paint(self, recording: Recording, t: int) -> np.ndarray:
+        images = [
+            ("game", recording.view[t]),
+            ("observation" if recording.observed[t] else "observation: blank", recording.obs[t]),
+        ]
+        for dt in sorted(recording.predictions):
+            label = "reconstruction" if dt == 0 else f"predicted, {dt} step{'s' if dt > 1 else ''} ahead"
+            images.append((label, recording.predictions[dt][t]))
+        columns = max(len(images), 4)
+        width = 2 * self.margin + columns * self.side + (columns - 1) * self.gap
+        height = 2 * self.margin + self.caption + self.side + self.below
+        canvas = Image.new("RGB", (width, height + height % 2), PAPER)
+        draw = ImageDraw.Draw(canvas)
+        for column, (label, image) in enumerate(images):
+            x, y = self.margin + column * (self.side + self.gap), self.margin
+            draw.text((x, y), label, INK, _font(14))
+            pixels = Image.fromarray(to_uint8(image)).resize((self.side, self.side), Image.Resampling.NEAREST)
+            canvas.paste(pixels, (x, y + self.caption))
+            edge = ORANGE if column == 1 and not recording.observed[t] else FAINT
+            draw.rectangle((x - 1, y + self.caption - 1, x + self.side, y + self.caption + self.side), outline=edge)
+        self._numbers(draw, recording, t, width)
+        return np.asarray(canvas)
+
+    def _numbers(self, draw: ImageDraw.ImageDraw, recording: Recording, t: int, width: int) -> None:
+        top = self.margin + self.caption + self.side + 18
+        total = width - 2 * self.margin
+        third = (total - 2 * 36) // 3
+        lefts = [self.margin + i * (third + 36) for i in range(3)]
+        bars = (top + self.caption, top + self.caption + 88)
+        if recording.weights is None:
+            draw.text((lefts[0], top), "no particles", FAINT, _font(14))
+        else:
+            weights = recording.weights[t]
+            size = recording.effective_sample_size[t]
+            text = f"weights of {len(weights)} particles, effective sample size {size:.1f}"
+            draw.text((lefts[0], top), text, INK, _font(14))
+            _bars(draw, lefts[0], third, *bars, weights, BLUE)
+        draw.text((lefts[1], top), "action probabilities (orange: taken)", INK, _font(14))
+        taken = int(recording.action[t])
+        colours = [ORANGE if a == taken else BLUE for a in range(recording.policy.shape[1])]
+        _bars(draw, lefts[1], third, *bars, recording.policy[t], colours)
+        score = recording.reward[:t].sum()
+        draw.text((lefts[2], top), f"value {recording.value[t]:.2f}, step {t + 1}, score {score:g}", INK, _font(14))
+        first = max(0, t + 1 - self.history)
+        limits = (recording.value.min(), recording.value.max())
+        _curve(draw, lefts[2], third, *bars, recording.value[first : t + 1], limits, self.history)
+
+
+def _bars(draw, left: int, width: int, top: int, bottom: int, values: np.ndarray, colours) -> None:
+    """Bars of values in 0..1, with their numbers below and the scale at the left."""
+    axis = left + 26
+    for share, label in ((0.0, "0"), (0.5, "0.5"), (1.0, "1")):
+        y = round(bottom - share * (bottom - top))
+        draw.line((axis, y, left + width, y), fill=GRID)
+        draw.text((axis - 6, y), label, FAINT, _font(11), anchor="rm")
+    pitch = (left + width - axis) / len(values)
+    for i, value in enumerate(values):
+        x = axis + i * pitch
+        colour = colours[i] if isinstance(colours, list) else colours
+        edge = max(1.0, 0.12 * pitch)
+        draw.rectangle((x + edge, bottom - value * (bottom - top), x + pitch - edge, bottom), fill=colour)
+        draw.text((x + pitch / 2, bottom + 4), str(i), FAINT, _font(11), anchor="ma")
+
+
+def _curve(draw, left: int, width: int, top: int, bottom: int, values: np.ndarray, limits, length: int) -> None:
+    """A curve of the last `length` values between `limits`; the newest one is at the right."""
+    axis = left + 44
+    low, high = limits if limits[1] > limits[0] else (limits[0] - 1, limits[1] + 1)
+    for y, number in ((bottom, low), (top, high)):
+        draw.line((axis, y, left + width, y), fill=GRID)
+        draw.text((axis - 6, y), f"{number:.2f}", FAINT, _font(11), anchor="rm")
+    pitch = (left + width - axis) / (length - 1)
+    ys = bottom - (values - low) / (high - low) * (bottom - top)
+    xs = left + width - pitch * np.arange(len(values))[::-1]
+    points = list(zip(xs.tolist(), ys.tolist(), strict=True))
+    if len(points) > 1:
+        draw.line(points, fill=BLUE, width=2)
+    x, y = points[-1]
+    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=BLUE)
+    draw.text((left + width, bottom + 4), f"last {length} steps", FAINT, _font(11), anchor="ra")

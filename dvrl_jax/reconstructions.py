@@ -1,0 +1,98 @@
+"""What the agent reconstructs and predicts while it trains, as arrays and as a picture.
+
+    saved_runs/7/reconstructions/<update>/observation.npy     [B, ...] the observations that the environments gave
+    saved_runs/7/reconstructions/<update>/prediction_<dt>.npy [B, ...] expected dt steps later; dt = 0 reconstructs
+    saved_runs/7/reconstructions/<update>/env_steps.npy       transitions so far
+
+Images are stored as uint8, vectors as they are.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dvrl_jax import a2c
+from dvrl_jax.agents import bind
+from dvrl_jax.agents.base import Prediction
+
+Array = jax.Array
+
+FOLDER = "reconstructions"
+MAX_ROWS = 4  # Environments that the picture shows.
+KEY = 0x5EED  # Sets these draws apart from those of training.
+
+
+def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable[[a2c.TrainState], dict[str, Array]]:
+    """Returns a function of the training state: the observations at hand and predictions from them, by file name.
+
+    It changes nothing: training goes on as if it had not been called.
+    """
+
+    @jax.jit
+    def reconstruct(params: nnx.State, batch_stats: nnx.State, actor: a2c.Actor, key: Array) -> dict[str, Array]:
+        agent = bind(graphdef, params, batch_stats)
+        draw_key, predict_key = jax.random.split(key)
+        draws = jax.tree.map(lambda x: x[0], agent.draw(draw_key, 1, actor.fresh.shape[0]))
+        h_prev = agent.restart(actor.belief, actor.fresh).h
+        belief, info, prev_action = a2c.observe(agent, actor, draws)
+        predicted = agent.predict(Prediction(belief, h_prev, info.trace, prev_action), times, predict_key)
+        return {"observation": actor.env.obs} | {f"prediction_{dt}": value for dt, value in predicted.items()}
+
+    def of_state(state: a2c.TrainState) -> dict[str, Array]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, KEY), state.update)
+        actor = state.actor._replace(env=state.actor.env._replace(inner=()))
+        return reconstruct(state.params, state.batch_stats, actor, key)
+
+    return of_state
+
+
+def to_storage(values: dict[str, Array]) -> dict[str, np.ndarray]:
+    """Arrays on the host, images [B, h, w, c] as uint8."""
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    for name, array in arrays.items():
+        if array.ndim == 4 and array.dtype != np.uint8:
+            arrays[name] = np.round(255 * np.clip(array, 0.0, 1.0)).astype(np.uint8)
+    return arrays
+
+
+def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays by name below a run's directory; a folder is there whole or not at all."""
+    folder = path / FOLDER / str(update)
+    temporary = folder.with_name(f".{update}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def load(path: Path, update: int) -> dict[str, np.ndarray]:
+    """Reads what `save` wrote."""
+    return {file.stem: np.load(file) for file in sorted((path / FOLDER / str(update)).glob("*.npy"))}
+
+
+def saved_updates(path: Path) -> list[int]:
+    """At which updates a run has saved reconstructions."""
+    return sorted(int(folder.name) for folder in (path / FOLDER).glob("*") if folder.name.isdigit())
+
+
+def rewind(path: Path, update: int) -> None:
+    """Drops what a run that goes on from `update` will save again."""
+    for later in saved_updates(path):
+        if later > update:
+            shutil.rmtree(path / FOLDER / str(later))
+
+
+def picture(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """A row per environment, left to right the observation and predictions by time; None unless they are images."""
+    if arrays["observation"].ndim != 4:
+        return None
+    times = sorted(int(name.removeprefix("prediction_")) for name in arrays if name.startswith("prediction_"))
+    columns = [arrays["observation"], *(arrays[f"prediction_{dt}"] for dt in times)]
+    padded = [np.pad(x[:MAX_ROWS], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
+    return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)

@@ -1,0 +1,128 @@
+"""One game with everything a picture of the belief needs, step by step. Drawing it is in `pictures.py`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dvrl_jax import a2c, compilation
+from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents import Agent, bind
+from dvrl_jax.agents.base import Prediction
+from dvrl_jax.envs import Environment
+
+Array = jax.Array
+
+TIMES = (0, 1, 5, 10)  # The reconstruction, and how many steps ahead predictions look.
+STEPS_PER_CALL = 25
+
+
+class Recording(NamedTuple):
+    """One game of T steps. Every array has time first; entry t is what held when action t was chosen.
+
+    Attributes:
+        view: [T, ...] the true state, as `Environment.view` shows it.
+        obs: [T, ...] the observation that the agent got. observed: [T] bool, it was not blanked.
+        predictions: {dt: [T, ...]}, observations expected dt steps later if the last action is repeated; dt = 0 is the
+            reconstruction. Empty for an agent that predicts nothing.
+        particles: [T, K, ...] what each particle alone reconstructs; None for images (there would be too much of it)
+            and for beliefs without particles.
+        weights: [T, K] normalised weights; None for beliefs without particles.
+        value: [T]. policy: [T, A] action probabilities (discrete) or means (continuous).
+        action: [T] or [T, A]. reward: [T], of the underlying game, for that action.
+    """
+
+    view: np.ndarray
+    obs: np.ndarray
+    observed: np.ndarray
+    predictions: dict[int, np.ndarray]
+    particles: np.ndarray | None
+    weights: np.ndarray | None
+    value: np.ndarray
+    policy: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+
+    @property
+    def effective_sample_size(self) -> np.ndarray:
+        """[T], between 1 and K: 1 / sum_k w_k^2."""
+        return 1.0 / np.sum(np.square(self.weights), axis=-1)
+
+
+def particles_alone(agent: Agent, last: Prediction, key: Array) -> Array:
+    """Reconstructions [B, K, ...] of each particle alone: predictions as if it had all the weight."""
+    num_particles = last.belief.log_weight.shape[-1]
+
+    def alone(k):
+        log_weight = jnp.where(jnp.arange(num_particles) == k, 0.0, -jnp.inf)
+        belief = last.belief._replace(log_weight=jnp.broadcast_to(log_weight, last.belief.log_weight.shape))
+        return agent.predict(last._replace(belief=belief), (0,), key)[0]
+
+    return jax.vmap(alone, out_axes=1)(jnp.arange(num_particles))
+
+
+def record(
+    agent: Agent,
+    env: Environment,
+    key: Array,
+    greedy: bool = False,
+    max_steps: int = 1000,
+    times: tuple[int, ...] = TIMES,
+) -> Recording:
+    """Plays the first environment's game to its end, or for `max_steps`, and records it.
+
+    Args:
+        agent: with `use_running_average` set, if it uses batch norm. env: made with `keep_view`.
+        greedy: take the most probable action instead of sampling. times: which predictions to make.
+    """
+    graphdef, weights = nnx.split(agent)
+    reset_key, draw_key = jax.random.split(key)
+
+    def step(actor: a2c.Actor, key: Array):
+        player = bind(graphdef, weights)
+        belief_key, action_key, predict_key = jax.random.split(key, 3)
+        draws = jax.tree.map(lambda x: x[0], player.draw(belief_key, 1, env.num_envs))
+        h_prev = player.restart(actor.belief, actor.fresh).h
+        belief, info, prev_action = a2c.observe(player, actor, draws)
+        policy, value = player.heads(belief)
+        action = policy.mode() if greedy else policy.sample(seed=action_key)
+        last = Prediction(belief, h_prev, info.trace, prev_action)
+        seen = {
+            "view": env.view(actor.env),
+            "obs": actor.env.obs,
+            "observed": actor.env.observed,
+            "predictions": player.predict(last, times, predict_key),
+            "value": value,
+            "policy": policy.probs if env.action.discrete else policy.loc,
+            "action": action,
+        }
+        # Beliefs made of weighted particles say so by this field.
+        if hasattr(belief, "log_weight"):
+            seen["weights"] = pf.normalised_weights(belief.log_weight)
+            if not env.observation.is_image:
+                seen["particles"] = particles_alone(player, last, predict_key)
+        state = env.step(actor.env, action)
+        seen |= {"reward": state.true_reward, "counts": state.transition, "over": state.game_over}
+        actor = a2c.Actor(state, belief, player.action_vector(action), state.done | ~state.transition)
+        return actor, jax.tree.map(lambda x: x[0], seen)
+
+    actor = a2c.first_actor(agent, env.reset(reset_key))
+    keys = jax.random.split(draw_key, STEPS_PER_CALL)
+    with compilation.cached(env.restorable):
+        program = jax.jit(lambda actor, keys: jax.lax.scan(step, actor, keys)).lower(actor, keys).compile()
+    parts: list[dict[str, Any]] = []
+    for call in range(-(-max_steps // STEPS_PER_CALL)):
+        actor, seen = program(actor, jax.random.split(jax.random.fold_in(draw_key, call), STEPS_PER_CALL))
+        parts.append(jax.tree.map(np.asarray, seen))
+        if parts[-1]["over"].any():
+            break
+    everything = jax.tree.map(lambda *x: np.concatenate(x)[:max_steps], *parts)
+    over = everything.pop("over")
+    counts = everything.pop("counts")
+    if over.any():
+        counts &= np.arange(len(over)) <= np.argmax(over)
+    # Calls that only delivered a new episode's first frame are no steps of the game.
+    everything = jax.tree.map(lambda x: x[counts], everything)
+    return Recording(**{"particles": None, "weights": None} | everything)

@@ -1,0 +1,145 @@
+"""Runs the paper's experiments: python reproduce.py [--list] [--only=hike,atari/Pong] [--seeds=5] [--steps=N]"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line, experiments, runs
+from dvrl_jax.experiments import Experiment
+
+LIST = flags.DEFINE_boolean("list", False, "Show the experiments with estimated hours, and run nothing.")
+MEASURE = flags.DEFINE_boolean("measure", False, "With --list: measure speeds that are not known (minutes each).")
+ONLY = flags.DEFINE_list("only", [], "Names or beginnings of names, such as hike or atari/Pong; * matches anything.")
+SEEDS = flags.DEFINE_integer("seeds", 5, "Train with seeds 0 .. this - 1.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Environment steps per run, instead of the configuration's.", lower_bound=1)
+ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the table and the figures go.")
+
+HERE = Path(__file__).resolve().parent
+
+
+def train(arguments: list[str]) -> int:
+    """One run of train.py in a process of its own, which is sent Ctrl-C and SIGTERM; returns its exit code."""
+    command = [sys.executable, str(HERE / "train.py"), *arguments]
+    # In a session of its own: else a terminal's Ctrl-C would reach it twice.
+    process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in numbers}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def steps_of(experiment: Experiment) -> int:
+    return STEPS.value or experiments.load_config(experiment).total_env_steps
+
+
+def measure(experiment: Experiment) -> float:
+    """Steps per second over the second and third window of a short run, without compilation."""
+    config = experiments.load_config(experiment)
+    window = config.bptt_segments
+    steps = 3 * window * config.num_envs * config.num_steps
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"--config.total_env_steps={steps}", f"--config.log.interval={window}"]
+        settings += ["--config.checkpoint.interval=0", "--config.log.tensorboard=False", f"--workdir={folder}/run"]
+        print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
+        if train([*experiment.arguments(), *settings]):
+            raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
+        lines = runs.read_metrics(Path(folder) / "run")
+    return sum(line["obs.fps"] for line in lines[1:]) / len(lines[1:])
+
+
+def show(chosen: list[Experiment], root: Path) -> None:
+    """Prints the experiments, how far they are, and the hours that the rest would take."""
+    speeds, total, unknown = experiments.Speeds(root), 0.0, 0
+    print(f"{'experiment':32} {'steps':>12} {'done':>6} {'steps/s':>9} {'hours left':>11}  speed from")
+    for experiment in chosen:
+        speed, source = speeds.get(experiment)
+        if speed is None and MEASURE.value:
+            speeds.add(experiment, measure(experiment))
+            speed, source = speeds.get(experiment)
+        steps, left, done = steps_of(experiment), 0, 0
+        for seed in range(SEEDS.value):
+            line = experiments.last_line(experiments.workdir(root, experiment, seed))
+            so_far = line["env_steps"] if line else 0
+            left, done = left + max(0, steps - so_far), done + (so_far >= steps)
+        hours = None if speed is None else left / speed / 3600
+        total, unknown = total + (hours or 0.0), unknown + (speed is None)
+        numbers = ("-", "-") if speed is None else (f"{speed:,.0f}", f"{hours:,.1f}")
+        print(
+            f"{experiment.name:32} {steps:>12,} {done:>3}/{SEEDS.value:<2} {numbers[0]:>9} {numbers[1]:>11}  {source}"
+        )
+    print(f"\n{len(chosen) * SEEDS.value} runs, {total:,.1f} hours on this machine, one run after the other")
+    if unknown:
+        print(f"{unknown} of unknown speed are not in this sum; --measure measures them")
+
+
+def run_all(chosen: list[Experiment], root: Path) -> list[str]:
+    """Trains everything that is not done. Returns what failed; raises SystemExit if a run was interrupted."""
+    failed = []
+    for experiment in chosen:
+        for seed in range(SEEDS.value):
+            path = experiments.workdir(root, experiment, seed)
+            if experiments.is_done(path, steps_of(experiment)):
+                print(f"{path}: done already", flush=True)
+                continue
+            print(f"{path}: training", flush=True)
+            settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
+            code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
+            if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
+                print(f"{path}: stopped; the same command goes on from there", flush=True)
+                sys.exit(code if code > 0 else 128 - code)
+            if code:
+                print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
+                failed.append(str(path))
+    return failed
+
+
+def report(chosen: list[Experiment], root: Path) -> None:
+    """Prints and writes the table, and draws a figure for every comparison that has runs."""
+    from dvrl_jax import plotting
+
+    seeds = range(SEEDS.value)
+    results = [experiments.result_of(root, experiment, seeds, STEPS.value) for experiment in chosen]
+    text = experiments.table(results)
+    print(f"\nresult.true (mean over the last 100 games) at the end, over finished seeds:\n\n{text}")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "results.md").write_text(text)
+    (root / "results.json").write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    names = {experiment.name for experiment in chosen}
+    for comparison, members in experiments.COMPARISONS.items():
+        there = [experiments.EXPERIMENTS[name] for name in members if name in names]
+        paths = [experiments.workdir(root, experiment, seed) for experiment in there for seed in seeds]
+        loaded = [plotting.load_run(path) for path in paths if experiments.last_line(path)]
+        if not loaded:
+            continue
+        figure = plotting.plot(loaded, ["result.true"])
+        for ending in ("png", "svg"):
+            path = root / "figures" / f"{comparison}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+        plotting.plt.close(figure)
+        print(root / "figures" / f"{comparison}.png")
+
+
+def main() -> int:
+    chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
+    if LIST.value:
+        show(chosen, root)
+        return 0
+    failed = run_all(chosen, root)
+    report(chosen, root)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, default.get_config())

@@ -1,0 +1,53 @@
+"""The Python API: what is offered exists, works in a program, and the notebook runs from top to bottom."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dvrl_jax
+from dvrl_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_dim": 4, "log__interval": 2}
+
+
+def test_everything_that_is_offered_exists():
+    for name in dvrl_jax.__all__:
+        assert getattr(dvrl_jax, name).__doc__, name
+        assert name in dvrl_jax.__doc__ or name in ("Agent", "Environment", "Games", "Recording", "make_agent", "play")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        dvrl_jax.nonsense  # noqa: B018
+
+
+def test_wrong_names_are_answered_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"no configs/nothing\.py"):
+        dvrl_jax.make_config("nothing")
+    with pytest.raises(ConfigError, match=r"model\.h_dm: there is no such field; did you mean model\.h_dim"):
+        dvrl_jax.make_config("mountain_hike_rnn", model__h_dm=3)
+
+
+def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
+    config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL)
+    env = dvrl_jax.make_env(config)
+    train = dvrl_jax.make_train(config, env)
+    whole, history = train(seed=3, num_updates=5)
+    half, first = train(seed=3, num_updates=3)
+    both, second = train(num_updates=2, state=half)
+    assert [line["update"] for line in history] == [2, 4]
+    assert [line["loss.total"] for line in first + second] == [line["loss.total"] for line in history]
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(both.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    agent = dvrl_jax.trained_agent(config, env, both)
+    assert agent.use_running_average
+
+
+def test_the_notebook_runs(monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("DVRL_JAX_TINY", "1")
+    notebook = nbformat.read(ROOT / "examples" / "mountain_hike.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("mean distance to the true position" in output.get("text", "") for output in outputs)

@@ -1,0 +1,135 @@
+"""Documentation that can be trusted: links lead somewhere, commands are accepted, examples run, answers are real."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from dvrl_jax import config as config_lib
+from dvrl_jax import runs
+from tests.tiny import tiny_hike
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(page for name in ("docs", "docker", "tests") for page in (ROOT / name).rglob("*.md"))]
+)
+LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Names under which the headings of a page can be linked to, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for text, target in LINK.findall(prose):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+        name = text.strip("`")
+        if file.suffix == ".py" and file.is_relative_to(ROOT / "dvrl_jax") and text.startswith("`") and "/" not in name:
+            module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found = importlib.import_module(module)
+            if name != file.name:
+                for part in name.split("."):
+                    assert hasattr(found, part), f"{page.name}: {name} is not in {target}"
+                    found = getattr(found, part)
+
+
+def script_flags(script: Path) -> set[str]:
+    """Names of the flags that a script defines."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    defined = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr.startswith("DEFINE_")]
+    return {call.args[0].value for call in defined}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `python script.py ...` in the page's shell blocks, as words."""
+    lines = "".join(blocks(page.read_text(), "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip().startswith("python ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_are_accepted(page):
+    fields = config_lib.flatten(default.get_config())
+    for _, script, *arguments in commands(page):
+        known = script_flags(ROOT / script)
+        names = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("--")]
+        for name in names:
+            if name.startswith("config."):
+                assert script == "train.py" and name.removeprefix("config.") in fields, f"{script} --{name}"
+            elif name != "config":
+                assert name.removeprefix("no") in known or name in known, f"{script} --{name}"
+        for word in arguments:
+            if word.startswith("--config="):
+                assert (ROOT / word.removeprefix("--config=").partition(":")[0]).is_file(), word
+
+
+def test_the_plot_of_stored_runs_is_drawn(tmp_path):
+    (command,) = [c for c in commands(ROOT / "docs" / "results" / "README.md") if c[1] == "plot.py"]
+    command = [word for word in command if not word.startswith("--out")] + [f"--out={tmp_path / 'plot'}"]
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=600)
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "plot.svg").exists()
+
+
+def test_the_examples_of_extending_run():
+    environment = {}
+    for block in blocks((ROOT / "docs" / "extending.md").read_text(), "python"):
+        exec(compile(block, "docs/extending.md", "exec"), environment)
+    try:
+        assert [line["update"] for line in environment["history"]] == [2, 4]
+        assert environment["history"][-1]["episodes.num_ended"] == 20  # 20 steps are 5 episodes, in 4 environments.
+        assert "averager" in environment["AGENTS"] and environment["config"].algorithm == "averager"
+    finally:
+        environment["AGENTS"].pop("averager", None)
+
+
+def console_examples() -> list[tuple[str, str]]:
+    found = blocks((ROOT / "docs" / "troubleshooting.md").read_text(), "console")
+    return [tuple(block.removeprefix("$ ").split("\n", 1)) for block in found]
+
+
+@pytest.fixture(scope="module")
+def saved_runs(tmp_path_factory):
+    """Two runs, as far as these commands look at them; the second one is in use."""
+    root = tmp_path_factory.mktemp("saved_runs")
+    config = config_lib.finalise(tiny_hike("dvrl", model__h_dim=128))
+    for number in ("3", "4"):
+        run = runs.RunDirectory(root / number)
+        run.write_config(config_lib.to_json(config))
+        run.append_metrics({"update": 1, "env_steps": 20, "result.true": -200.0})
+        if number == "3":
+            run.close()
+    yield root
+    run.close()
+
+
+@pytest.mark.parametrize(("command", "answer"), console_examples(), ids=[c for c, _ in console_examples()])
+def test_troubleshooting_quotes_what_the_programs_say(command, answer, saved_runs):
+    words = command.replace("saved_runs", str(saved_runs)).split()
+    assert words.pop(0) == "python"
+    if words[0] == "plot.py":
+        words.append(f"--root={saved_runs}")
+    before = {path: path.stat().st_mtime_ns for path in saved_runs.rglob("*") if path.name != ".lock"}
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 2
+    assert result.stderr.replace(str(saved_runs), "saved_runs").splitlines()[-1] == answer.strip()
+    assert before == {path: path.stat().st_mtime_ns for path in saved_runs.rglob("*") if path.name != ".lock"}

@@ -1,0 +1,114 @@
+"""What is logged besides metrics.jsonl says the same as it, once, and changes nothing in what is learned."""
+
+import builtins
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from configs import default
+from dvrl_jax import config as config_lib
+from dvrl_jax import loggers, reconstructions, runs
+from tests.test_resume import STEPS_PER_UPDATE, checkpoint_arrays, train
+from tests.tiny import tiny_hike
+
+
+def events(path):
+    """All (name, step, value) in the event files of a run; value is None for pictures."""
+    found = []
+    for file in sorted((path / "tensorboard").glob("events.out.tfevents.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                is_image = value.HasField("image")
+                found.append((value.tag, event.step, None if is_image else value.simple_value))
+    return found
+
+
+def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
+    config = tiny_hike("dvrl")
+    settings = {"log__save_reconstruction_interval": 12, "log__predicted_times": (0, 2)}
+    train(tmp_path / "run", config, total_env_steps=33 * STEPS_PER_UPDATE, **settings)
+    train(tmp_path / "run", config, total_env_steps=50 * STEPS_PER_UPDATE)
+    expected = {}
+    for line in runs.read_metrics(tmp_path / "run"):
+        expected |= {(name, line["env_steps"]): value for name, value in loggers.numbers(line).items()}
+    found = events(tmp_path / "run")
+    assert len(found) == len(expected) == len({(name, step) for name, step, _ in found})
+    for name, step, value in found:
+        np.testing.assert_allclose(value, expected[name, step], rtol=1e-6)
+    assert {"loss.total", "particles.killed", "obs.fps"} <= {name for name, _, _ in found}
+
+    assert reconstructions.saved_updates(tmp_path / "run") == [12, 24, 36, 48]
+    arrays = reconstructions.load(tmp_path / "run", 36)
+    assert arrays.keys() == {"observation", "prediction_0", "prediction_2", "env_steps"}
+    assert arrays["prediction_2"].shape == arrays["observation"].shape == (4, 2)
+    assert arrays["env_steps"] == 36 * STEPS_PER_UPDATE and np.all(np.isfinite(arrays["prediction_2"]))
+
+    quiet = {"log__tensorboard": False, "total_env_steps": 50 * STEPS_PER_UPDATE}
+    train(tmp_path / "quiet", config, **quiet)
+    assert not (tmp_path / "quiet" / "tensorboard").exists()
+    loud, silent = checkpoint_arrays(tmp_path / "run"), checkpoint_arrays(tmp_path / "quiet")
+    for name in silent:
+        np.testing.assert_array_equal(loud[name], silent[name], err_msg=name)
+
+
+def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
+    run = runs.RunDirectory(tmp_path)
+    rng = np.random.default_rng(0)
+    images = {
+        "observation": rng.integers(0, 255, (6, 8, 8, 1)).astype(np.uint8),
+        "prediction_0": rng.uniform(size=(6, 8, 8, 1)).astype(np.float32),
+        "prediction_10": rng.uniform(size=(6, 8, 8, 1)).astype(np.float32),
+    }
+    for update in (5, 10, 15):
+        stored = reconstructions.to_storage(images | {"env_steps": np.uint32(80 * update)})
+        reconstructions.save(tmp_path, update, stored)
+    reconstructions.rewind(tmp_path, 10)
+    assert reconstructions.saved_updates(tmp_path) == [5, 10]
+    picture = reconstructions.picture(stored)
+    assert picture.shape == (4 * 10, 3 * 10, 1)
+    np.testing.assert_array_equal(picture[1:9, 1:9], images["observation"][0])
+    np.testing.assert_allclose(picture[11:19, 21:29] / 255.0, images["prediction_10"][1], atol=0.5 / 255 + 1e-6)
+    for _ in range(2):
+        loggers.TensorBoard(run).close()
+        assert [(name, step) for name, step, _ in events(tmp_path)] == [
+            ("reconstructions", 400),
+            ("reconstructions", 800),
+        ]
+    run.close()
+
+
+def test_wandb_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(config_lib.ConfigError, match=r"extra 'wandb'"):
+        train(tmp_path / "run", tiny_hike("rnn"), log__wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("log.save_reconstruction_interval", -1, "at least 0"),
+        ("log.save_reconstruction_interval", 5, "obs_loss_coef"),
+        ("log.predicted_times", (), "at least one"),
+        ("log.predicted_times", (-1,), "at least 0"),
+    ],
+)
+def test_impossible_log_settings_are_named(field, value, message):
+    config = default.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(config_lib.ConfigError, match=message) as error:
+        config_lib.finalise(config)
+    assert field in str(error.value)

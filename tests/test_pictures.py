@@ -1,0 +1,136 @@
+"""Pictures show what happened: true frames behind blank observations, the belief step by step, the right way up."""
+
+import builtins
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvrl_jax import a2c, envs, pictures, recording, runs
+from dvrl_jax.envs import mountain_hike
+from dvrl_jax.pictures import hike
+from tests.tiny import tiny_hike
+
+
+@pytest.fixture(scope="module")
+def hike_recording():
+    config = tiny_hike("dvrl")
+    env = envs.make_env(config.env, 1, seed=0, keep_view=True)
+    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    return recording.record(agent, env, jax.random.PRNGKey(1), times=(0, 1))
+
+
+def frames_recording(steps=4):
+    rng = np.random.default_rng(0)
+    view = rng.integers(1, 255, (steps, 84, 84, 1)).astype(np.uint8)
+    observed = np.arange(steps) % 2 == 0
+    weights = rng.dirichlet(np.ones(15), steps)
+    return recording.Recording(
+        view=view,
+        obs=view * observed[:, None, None, None].astype(np.uint8),
+        observed=observed,
+        predictions={dt: rng.uniform(size=view.shape).astype(np.float32) for dt in recording.TIMES},
+        particles=None,
+        weights=weights,
+        value=rng.normal(size=steps),
+        policy=rng.dirichlet(np.ones(6), steps),
+        action=np.arange(steps),
+        reward=np.ones(steps),
+    )
+
+
+def test_flicker_hands_the_true_frame_over_and_changes_nothing_else():
+    plain, keeping = (
+        envs.Flicker(envs.MountainHike(4, 0.3), p_blank=0.5, keep_view=keep_view) for keep_view in (False, True)
+    )
+    key, action = jax.random.PRNGKey(0), jnp.full((4, 2), 0.1)
+    a, b = plain.reset(key), keeping.reset(key)
+    for _ in range(2):
+        for field in ("obs", "reward", "done", "observed", "true_reward"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+        np.testing.assert_array_equal(keeping.view(b), a.inner[0].position)
+        a, b = plain.step(a, action), keeping.step(b, action)
+    with pytest.raises(ValueError, match="keep_view"):
+        plain.view(a)
+
+
+def test_a_recording_is_one_game(hike_recording):
+    r = hike_recording
+    assert len(r.view) == mountain_hike.EPISODE_LENGTH
+    assert np.all(np.linalg.norm(np.diff(r.view, axis=0), axis=-1) < 0.3)  # No jump to another episode's start.
+    assert set(r.predictions) == {0, 1}
+    np.testing.assert_allclose(r.weights.sum(-1), 1.0, rtol=1e-5)
+    assert np.all((r.effective_sample_size >= 1 - 1e-5) & (r.effective_sample_size <= 3 + 1e-5))
+
+
+def test_particles_alone_average_to_the_reconstruction(hike_recording):
+    r = hike_recording
+    mean = np.einsum("tk,tkd->td", r.weights, r.particles)
+    np.testing.assert_allclose(mean, r.predictions[0], atol=1e-4)
+
+
+def test_the_map_is_the_right_way_up():
+    _, (axis, *_) = hike._layout(3)
+    hike.draw_landscape(axis)
+    image = axis.images[0]
+    # What is drawn at a place, found by way of the axis's own transformations, is the reward of that place.
+    for place in ((0.5, 0.5), (0.0, -0.9), (-0.9, -0.5), (-0.8, 0.8)):
+        rows, columns = image.get_array().shape
+        left, right, bottom, top = image.get_extent()
+        row = round((place[1] - bottom) / (top - bottom) * (rows - 1))
+        column = round((place[0] - left) / (right - left) * (columns - 1))
+        expected = float(mountain_hike.height_reward(jnp.asarray(place)))
+        assert abs(image.get_array()[row, column] - expected) < 0.1
+    low, high = axis.transData.transform([(0, -1), (0, 1)])
+    assert high[1] > low[1] and image.origin == "lower"
+
+
+def test_a_hike_becomes_an_animation_and_a_still(hike_recording, tmp_path):
+    short = jax.tree.map(lambda x: x[:4], hike_recording)
+    painter = pictures.HikePainter()
+    pictures.write(tmp_path / "hike.gif", painter, short)
+    with Image.open(tmp_path / "hike.gif") as image:
+        assert image.n_frames == 4
+    pictures.write(tmp_path / "hike.png", painter, short)
+    assert Image.open(tmp_path / "hike.png").size[0] > 600
+    blind = short._replace(predictions={}, particles=None, weights=None)
+    assert painter.still(blind).shape[0] > 300 and len(list(painter.frames(blind))) == 4
+
+
+def test_frames_show_the_game_beside_what_the_agent_got():
+    r, painter = frames_recording(), pictures.FramePainter()
+    frames = list(painter.frames(r))
+    assert len(frames) == 4 and all(frame.shape == frames[0].shape for frame in frames)
+    assert frames[0].shape[0] % 2 == 0 and frames[0].shape[1] % 2 == 0
+    for t, frame in enumerate(frames):
+        np.testing.assert_array_equal(painter.panel(frame, 0), r.view[t, :, :, 0])
+        np.testing.assert_array_equal(painter.panel(frame, 1), r.obs[t, :, :, 0])
+        np.testing.assert_allclose(painter.panel(frame, 3) / 255.0, r.predictions[1][t, :, :, 0], atol=0.5 / 255 + 1e-6)
+    without = r._replace(predictions={}, weights=None)
+    assert len(list(painter.frames(without))) == 4
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, monkeypatch):
+    with pytest.raises(runs.RunError, match=r"must end in one of \.mp4, \.gif, \.png"):
+        pictures.check_path(tmp_path / "x.avi")
+    with pytest.raises(runs.RunError, match="no directory"):
+        pictures.check_path(tmp_path / "nowhere" / "x.gif")
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "imageio_ffmpeg":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(runs.RunError, match=r"extra 'video'"):
+        pictures.check_path(tmp_path / "x.mp4")
+
+
+def test_mp4_where_it_is_installed(tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    pictures.write(tmp_path / "x.mp4", pictures.FramePainter(), frames_recording())
+    count, seconds = ffmpeg.count_frames_and_secs(str(tmp_path / "x.mp4"))
+    assert count == 4 and 0.1 < seconds < 1.0

@@ -1,0 +1,73 @@
+"""reproduce.py: the experiments are valid, what is done is skipped, what stopped goes on, and it ends with a table."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvrl_jax import experiments, runs
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_experiment_is_a_valid_and_distinct_configuration():
+    seen = set()
+    for experiment in experiments.EXPERIMENTS.values():
+        config = experiments.load_config(experiment)
+        seen.add(str(config))
+        for field, value in experiment.fields.items():
+            assert dict(experiments.config_lib.flatten(config))[field] == value
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1
+    assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [
+        ([], 37),
+        (["hike"], 6),
+        (["atari/Pong"], 2),
+        (["atari/*/rnn"], 10),
+        (["ablation/particles"], 4),
+        (["hike/0.3/dvrl", "atari/Pong/rnn"], 2),
+    ],
+)
+def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):
+    assert len(experiments.select(patterns)) == count
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(runs.RunError, match="nothing is called 'atari/Pnog'"):
+        experiments.select(["atari/Pnog"])
+
+
+def reproduce(root, *arguments):
+    command = [sys.executable, "reproduce.py", f"--root={root}", "--only=hike/0.3/rnn", "--seeds=2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
+
+
+def test_runs_are_done_once_go_on_and_are_summed_up(tmp_path):
+    reproduce(tmp_path, "--steps=160")
+    path = tmp_path / "hike" / "0.3" / "rnn"
+    before = {seed: (path / f"seed{seed}" / "metrics.jsonl").read_text() for seed in (0, 1)}
+    again = reproduce(tmp_path, "--steps=160")
+    assert again.count("done already") == 2 and "training" not in again
+    assert {seed: (path / f"seed{seed}" / "metrics.jsonl").read_text() for seed in (0, 1)} == before
+
+    text = reproduce(tmp_path, "--steps=2400")
+    assert text.count("resuming from update 2") == 2
+    lines = [runs.read_metrics(path / f"seed{seed}")[-1] for seed in (0, 1)]
+    assert [line["env_steps"] for line in lines] == [2400, 2400]
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    values = [line["result.true"] for line in lines]
+    assert values[0] != values[1]
+    assert result["mean"] == pytest.approx(statistics.fmean(values))
+    assert result["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    assert f"| hike/0.3/rnn | 2 | {result['mean']:.2f} |" in text
+    assert (tmp_path / "figures" / "hike" / "0.3.png").exists()
+
+    listed = reproduce(tmp_path, "--list", "--steps=4800")
+    assert "0/2" in listed and "2 runs" in listed
