@@ -60,6 +60,8 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._failed = False
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        if self.directory.exists() and not self.directory.is_dir():
+            raise RunError(f"{self.directory}: cannot be used as the directory of checkpoints (it is a file)")
         try:
             self._vet_results(read_only)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)

@@ -1,5 +1,6 @@
 """Command lines with `--config=FILE` and `--config.group.field=value`: flags, parsing, errors in one sentence."""
 
+import os
 import re
 import signal
 import sys
@@ -47,17 +48,25 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
 
     def guarded(argv: list[str]) -> int:
         del argv
+        signal.signal(signal.SIGINT, _leave)
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # Orbax reports every file that it touches.
         try:
             return main()
         except (ConfigError, RunError) as error:
             _fail(error)
-        except KeyboardInterrupt:  # Training itself answers signals with a checkpoint: this came before or after it.
-            print("stopped by SIGINT", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _leave(signum: int, frame) -> None:
+    """Answers Ctrl-C at once. Training has its own answer, a checkpoint; this one is for before and after it.
+
+    Not as a KeyboardInterrupt: raised inside one of JAX's callbacks it would be printed and forgotten.
+    """
+    del frame
+    os.write(2, b"stopped by SIGINT\n")
+    os._exit(128 + signum)
 
 
 def _fail(error: Exception):

@@ -474,7 +474,7 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
 
     for _, outcome in (with_late, without):
         assert int(outcome.rollout.env.transition.sum()) == B * (T - 1)
-    compared = [(grads, x.losses, x.bootstrap, x.actor.belief) for grads, x in (with_late, without)]
+    compared = [(grads, x.losses, x.rollout.bootstrap, x.rollout.actor.belief) for grads, x in (with_late, without)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *compared)
 
 

@@ -103,7 +103,7 @@ def test_wandb_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
         ("log.save_reconstruction_interval", -1, "at least 0"),
         ("log.save_reconstruction_interval", 5, "obs_loss_coef"),
         ("log.predicted_times", (), "at least one"),
-        ("log.predicted_times", (-1,), "at least 0"),
+        ("log.predicted_times", (-1,), "between 0 and 1000"),
     ],
 )
 def test_impossible_log_settings_are_named(field, value, message):

@@ -142,7 +142,7 @@ def learner_mutants() -> list[Mutant]:
         ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "all_finite(outcome.losses.total)"),
         ("jnp.where(good, new, old), learned, known)", "jnp.where(good, old, new), learned, known)"),
         ("length=jnp.where(good, window.length, 0)", "length=window.length"),
-        ("recover(outcome.actor, ~good)", "outcome.actor"),
+        ("recover(rollout.actor, ~good)", "rollout.actor"),
         ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped & actor.fresh"),
         ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped | actor.fresh"),
         ("skipped=state.skipped + ~good", "skipped=state.skipped + good"),
