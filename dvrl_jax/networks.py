@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax.tape import NO_TAPE, Tape
+from dvrl_jax.tape import NO_TAPE, Tape, recall
 
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
@@ -87,8 +87,10 @@ class BatchNorm(nnx.Module):
             self.mean[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(mean) - self.mean[...])
             unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
             self.var[...] += BATCH_NORM_MOMENTUM * (unbiased - self.var[...])
-        factor = self.scale[...] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        return (x - mean) * factor + self.bias[...]
+        x = (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        scale, bias = self.scale[...], self.bias[...]
+        # Too large to note, and cheap: the value of the time of acting is computed again.
+        return recall(x * scale + bias, x * tape.then(scale) + tape.then(bias))
 
 
 class Activation(nnx.Module):

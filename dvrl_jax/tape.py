@@ -26,6 +26,10 @@ class Tape:
     def __call__(self, x: Array) -> Array:
         return x
 
+    def then(self, x: Array) -> Array:
+        """What x was at the time of acting, as a constant."""
+        return jax.lax.stop_gradient(x)
+
     def scan(self, step: Callable[[Any, Any, "Tape"], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
         """`lax.scan` of step(carry, x, tape) -> (carry, y), for steps with products of their own."""
         return jax.lax.scan(lambda carry, x: step(carry, x, Tape()), init, xs)
@@ -44,6 +48,10 @@ class Recorder(Tape):
     def __call__(self, x: Array) -> Array:
         self._notes.append(jax.lax.stop_gradient(x))
         return x
+
+    def then(self, x: Array) -> Array:
+        self._notes.append(jax.lax.stop_gradient(x))
+        return jax.lax.stop_gradient(x)
 
     def scan(self, step, init, xs):
         def recorded(carry, x):
@@ -64,6 +72,10 @@ class Player(Tape):
 
     def __call__(self, x: Array) -> Array:
         return recall(x, next(self._notes))
+
+    def then(self, x: Array) -> Array:
+        del x
+        return next(self._notes)
 
     def scan(self, step, init, xs):
         def played(carry, x):
