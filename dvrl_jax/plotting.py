@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from dvrl_jax import config, runs
 
@@ -115,10 +113,11 @@ def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(values.size)])
 
 
-def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> plt.Figure:
+def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
     """One panel per metric against environment steps; bands are one standard deviation over seeds."""
     groups = group_runs(loaded)
-    figure, axes = plt.subplots(len(metrics), 1, figsize=(7.0, 3.6 * len(metrics)), squeeze=False, sharex=True)
+    figure = Figure(figsize=(7.0, 3.6 * len(metrics)))
+    axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
         has_band = False
         for index, (label, group) in enumerate(groups.items()):

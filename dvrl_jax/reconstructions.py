@@ -73,7 +73,9 @@ def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:
 
 def load(path: Path, update: int) -> dict[str, np.ndarray]:
     """Reads what `save` wrote."""
-    return {file.stem: np.load(file) for file in sorted((path / FOLDER / str(update)).glob("*.npy"))}
+    return {
+        file.stem: np.load(file, allow_pickle=False) for file in sorted((path / FOLDER / str(update)).glob("*.npy"))
+    }
 
 
 def saved_updates(path: Path) -> list[int]:

@@ -46,6 +46,7 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
 def test_the_notebook_runs(monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("DVRL_JAX_TINY", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(ROOT / "examples" / "mountain_hike.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

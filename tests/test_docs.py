@@ -55,16 +55,21 @@ def test_links_lead_somewhere(page):
 
 
 def script_flags(script: Path) -> set[str]:
-    """Names of the flags that a script defines."""
+    """Names of the flags that a script defines, with absl or with argparse."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
-    defined = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr.startswith("DEFINE_")]
-    return {call.args[0].value for call in defined}
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
+    defined = [call for call in methods if call.func.attr.startswith("DEFINE_") or call.func.attr == "add_argument"]
+    return {call.args[0].value.lstrip("-") for call in defined}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every `python script.py ...` in the page's shell blocks, as words."""
+    """Every `python script.py ...` and `python -m package.module ...` in the page's shell blocks, as words.
+
+    The second kind comes as `python package/module.py ...`.
+    """
     lines = "".join(blocks(page.read_text(), "bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip().startswith("python ")]
+    found = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("python ")]
+    return [[w[0], w[2].replace(".", "/") + ".py", *w[3:]] if w[1] == "-m" else w for w in found]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -75,7 +80,9 @@ def test_commands_are_accepted(page):
         names = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("--")]
         for name in names:
             if name.startswith("config."):
-                assert script == "train.py" and name.removeprefix("config.") in fields, f"{script} --{name}"
+                assert script in ("train.py", "benchmarks/throughput.py") and name.removeprefix("config.") in fields, (
+                    f"{script} --{name}"
+                )
             elif name != "config":
                 assert name.removeprefix("no") in known or name in known, f"{script} --{name}"
         for word in arguments:

@@ -117,9 +117,9 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
 
 
 def pong_command(workdir, *fields):
-    small = ["model.channels=(4,4,4)", "model.h_dim=8", "model.z_dim=4", "model.action_encoding=4"]
-    small += ["model.num_particles=2", "num_envs=4", "log.interval=5", *fields]
-    command = [sys.executable, "train.py", "--config=configs/pong_dvrl.py", f"--workdir={workdir}"]
+    small = ["model.channels=(4,4,4)", "model.h_dim=8", "model.action_encoding=4"]
+    small += ["num_envs=4", "log.interval=5", *fields]
+    command = [sys.executable, "train.py", "--config=configs/pong_rnn.py", f"--workdir={workdir}"]
     return command + [f"--config.{field}" for field in small]
 
 

@@ -107,6 +107,10 @@ VALID = {
     "optimizer.eps": st.sampled_from([1e-30, 1e-5, 1.0]),
     "optimizer.max_grad_norm": st.sampled_from([1e-30, 0.5, 1e30]),
     "log.interval": SIZES,
+    "log.tensorboard": st.booleans(),
+    "log.wandb": st.just(False),
+    "log.save_reconstruction_interval": st.just(0),
+    "log.predicted_times": st.lists(st.integers(0, 10), min_size=1, max_size=3).map(tuple),
     "checkpoint.interval": st.integers(0, 3),
     "checkpoint.keep": SIZES,
 }
