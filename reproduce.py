@@ -125,7 +125,6 @@ def report(chosen: list[Experiment], root: Path) -> None:
             path = root / "figures" / f"{comparison}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
-        plotting.plt.close(figure)
         print(root / "figures" / f"{comparison}.png")
 
 

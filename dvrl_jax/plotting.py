@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from matplotlib.figure import Figure
 
 from dvrl_jax import config, runs
