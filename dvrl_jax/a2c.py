@@ -5,7 +5,7 @@ segments. The i-th update of a window sends its gradient back through its own se
 segments of the window, under the current weights. The recurrent state is detached where a window starts.
 
 An update first *acts* for a segment, without gradients, and keeps what was computed on the way. Then it *learns*: the
-recurrence of the segment is unrolled once more, all else is computed for all steps at once, and this is what is
+encoder and the recurrence of the segment run once more, then what each step foresaw and chose, and this is what is
 differentiated (see `tape.py` for why the second pass is nearly free).
 
 `make_learner` returns the pure functions that training consists of. Everything between two log lines, the

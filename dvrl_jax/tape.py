@@ -1,7 +1,7 @@
 """What the layers computed while acting, kept for the gradient that is taken afterwards.
 
-An agent acts without being differentiated. Learning runs the same code again, over all steps of a segment at once where
-nothing is sequential, and differentiates that. What makes this cheap: while acting, layers hand their products to a
+An agent acts without being differentiated. Learning runs the same code again and differentiates that. What makes this
+cheap: while acting, layers hand their products to a
 `Recorder`; when learning, to a `Player`, which answers with the value noted while acting. The gradient still passes
 through the product as written, but nobody needs its value any more, and the compiler drops the computation.
 
