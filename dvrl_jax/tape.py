@@ -1,9 +1,9 @@
 """What the layers computed while acting, kept for the gradient that is taken afterwards.
 
 An agent acts without being differentiated. Learning runs the same code again and differentiates that. What makes this
-cheap: while acting, layers hand their products to a
-`Recorder`; when learning, to a `Player`, which answers with the value noted while acting. The gradient still passes
-through the product as written, but nobody needs its value any more, and the compiler drops the computation.
+cheap: while acting, layers hand their products to a `Recorder`; when learning, to a `Player`, which answers with the
+value noted while acting. The gradient still passes through the product as written, but nobody needs its value any more,
+and the compiler drops the computation.
 
 It is also what the method asks for. Backpropagation through an earlier segment of a window needs the activations that
 the segment had when it was acted, and the weights as they are now: that is what the original computes, by changing
@@ -50,8 +50,7 @@ class Recorder(Tape):
         return x
 
     def then(self, x: Array) -> Array:
-        self._notes.append(jax.lax.stop_gradient(x))
-        return jax.lax.stop_gradient(x)
+        return super().then(self(x))
 
     def scan(self, step, init, xs):
         def recorded(carry, x):

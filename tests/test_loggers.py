@@ -10,8 +10,8 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import default
 from dvrl_jax import config as config_lib
 from dvrl_jax import loggers, reconstructions, runs
-from tests.test_resume import STEPS_PER_UPDATE, checkpoint_arrays, train
-from tests.tiny import tiny_hike
+from tests.test_resume import STEPS_PER_UPDATE, checkpoint_arrays
+from tests.tiny import tiny_hike, train
 
 
 def events(path):

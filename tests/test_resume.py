@@ -14,24 +14,12 @@ import pytest
 
 from configs import default
 from dvrl_jax import config as config_lib
-from dvrl_jax import evaluation, runs, training
-from tests.tiny import tiny_hike
+from dvrl_jax import evaluation, runs
+from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_UPDATE = 4 * 5
 TIMING = {"wall_time", "obs.fps"}
-
-
-def train(workdir, config, **overrides):
-    """One run of training, as train.py does it, in this process."""
-    given = config.copy_and_resolve_references()
-    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
-    given.update_from_flattened_dict(overrides)
-    run, settings = training.prepare(workdir, given, overrides, default.get_config())
-    try:
-        return training.train(run, settings, default.get_config())
-    finally:
-        run.close()
 
 
 def checkpoint_arrays(workdir):

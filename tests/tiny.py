@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from configs import default, mountain_hike_dvrl, mountain_hike_rnn
 from dvrl_jax import config as config_lib
+from dvrl_jax import training
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
 
 
@@ -30,6 +31,19 @@ def tiny_hike(algorithm: str, **fields):
     small |= {"model.num_particles": 3, "log.interval": 10, "checkpoint.interval": 0}
     c.update_from_flattened_dict(small | {name.replace("__", "."): value for name, value in fields.items()})
     return c
+
+
+def train(workdir, config, **overrides):
+    """One run of training, as train.py does it, in this process; dotted names of `overrides` with `__` for the dot."""
+    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+    if config is not None:
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(overrides)
+    run, settings = training.prepare(workdir, config, overrides, default.get_config())
+    try:
+        return training.train(run, settings, default.get_config())
+    finally:
+        run.close()
 
 
 class Recall(Environment):

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
-from dvrl_jax import a2c, networks, runs, training
+from dvrl_jax import a2c, networks, runs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
-from tests.tiny import tiny_config, tiny_hike
+from tests.tiny import tiny_config, tiny_hike, train
 
 NUM_ENVS, NUM_STEPS, UPDATES = 3, 2, 6
 STEPS = NUM_STEPS * UPDATES
@@ -252,14 +251,6 @@ def test_training_goes_no_further_than_too_many_skipped_updates():
 
 
 # --- Runs that diverge -----------------------------------------------------------------------------------------------
-
-
-def train(workdir, config, **overrides):
-    run, settings = training.prepare(workdir, config, overrides, default.get_config())
-    try:
-        return training.train(run, settings, default.get_config())
-    finally:
-        run.close()
 
 
 def test_a_run_that_diverges_stops_and_says_where(tmp_path):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import default
 from dvrl_jax import reporting, runs, training
-from tests.tiny import tiny_hike
+from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["num_envs=4", "model.channels=(8,8)", "model.h_dim=8", "model.action_encoding=4", "log.interval=10"]
@@ -61,17 +60,7 @@ def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch)
     """The signal comes while a resumed run compiles: its checkpoint is there already and stays as it is."""
     config = tiny_hike("rnn")
 
-    def train(steps):
-        overrides = {"total_env_steps": steps}
-        given = config.copy_and_resolve_references()
-        given.update(overrides)
-        run, settings = training.prepare(tmp_path, given, overrides, default.get_config())
-        try:
-            return training.train(run, settings, default.get_config())
-        finally:
-            run.close()
-
-    train(200)
+    train(tmp_path, config, total_env_steps=200)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     say = reporting.Progress.say
 
@@ -82,8 +71,8 @@ def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch)
 
     monkeypatch.setattr(reporting.Progress, "say", interrupt)
     with pytest.raises(training.Interrupted) as stop:
-        train(400)
+        train(tmp_path, config, total_env_steps=400)
     assert stop.value.signum == signal.SIGTERM
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
     monkeypatch.undo()
-    assert int(train(400).update) == 20
+    assert int(train(tmp_path, config, total_env_steps=400).update) == 20
