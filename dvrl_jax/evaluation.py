@@ -1,18 +1,18 @@
 """Playing whole games with trained weights, one game per environment so that short games do not count more often."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, compilation, envs, pictures, recording, runs
+from dvrl_jax import a2c, checkpoints, envs, pictures, playing, recording, runs
 from dvrl_jax import config as config_lib
-from dvrl_jax.agents import Agent, bind
+from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
 
 Array = jax.Array
@@ -86,38 +86,23 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
     Raises:
         RunError: a game has not ended after MAX_STEPS calls; its return would not be that of a whole game.
     """
-    graphdef, weights = nnx.split(agent)
-    reset_key, draw_key = jax.random.split(key)
 
-    def step(carry, key):
-        actor, total, length, over = carry
-        player = bind(graphdef, weights)
-        belief_key, action_key = jax.random.split(key)
-        draws = jax.tree.map(lambda x: x[0], player.draw(belief_key, 1, env.num_envs))
-        belief, _, _ = a2c.observe(player, actor, draws)
-        policy, _ = player.heads(belief)
-        action = policy.mode() if greedy else policy.sample(seed=action_key)
-        state = env.step(actor.env, action)
-        counts = state.transition & ~over
-        total = total + jnp.where(counts, state.true_reward, 0.0)
-        actor = a2c.Actor(state, belief, player.action_vector(action), state.done | ~state.transition)
-        return (actor, total, length + counts, over | (state.game_over & counts)), None
+    def keep(agent: Agent, turn: playing.Turn, key: Array) -> tuple[Array, Array, Array]:
+        del agent, key
+        state = turn.after
+        return state.true_reward, state.transition, state.game_over & state.transition
 
-    start = a2c.first_actor(agent, env.reset(reset_key))
-    zeros = jnp.zeros(env.num_envs)
-    carry = (start, zeros, jnp.zeros(env.num_envs, jnp.int32), jnp.zeros(env.num_envs, bool))
-    keys = jax.random.split(draw_key, STEPS_PER_CALL)
-    with compilation.cached(env.restorable):
-        program = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0]).lower(carry, keys).compile()
-    for call in range(MAX_STEPS // STEPS_PER_CALL):
-        carry = program(carry, jax.random.split(jax.random.fold_in(draw_key, call), STEPS_PER_CALL))
-        if bool(jnp.all(carry[3])):
-            break
-    _, total, length, over = carry
-    if not bool(jnp.all(over)):
-        unfinished = int(jnp.sum(~over))
-        raise runs.RunError(f"{unfinished} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
-    return Games(np.asarray(total, np.float64), np.asarray(length))
+    total, length, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64), np.zeros(env.num_envs, bool)
+    stretches = playing.play(agent, env, key, keep, greedy, STEPS_PER_CALL)
+    for rewards, transitions, ends in itertools.islice(stretches, MAX_STEPS // STEPS_PER_CALL):
+        for reward, transition, end in zip(rewards, transitions, ends, strict=True):
+            counts = transition & ~over
+            total += np.where(counts, reward, 0.0)
+            length += counts
+            over |= end
+        if over.all():
+            return Games(total, length)
+    raise runs.RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
 
 
 def evaluate(

@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c
+from dvrl_jax import a2c, playing
 from dvrl_jax.agents import bind
-from dvrl_jax.agents.base import Prediction
 
 Array = jax.Array
 
@@ -35,11 +34,8 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
     @jax.jit
     def reconstruct(params: nnx.State, batch_stats: nnx.State, actor: a2c.Actor, key: Array) -> dict[str, Array]:
         agent = bind(graphdef, params, batch_stats)
-        draw_key, predict_key = jax.random.split(key)
-        draws = jax.tree.map(lambda x: x[0], agent.draw(draw_key, 1, actor.fresh.shape[0]))
-        h_prev = agent.restart(actor.belief, actor.fresh).h
-        belief, info, prev_action = a2c.observe(agent, actor, draws)
-        predicted = agent.predict(Prediction(belief, h_prev, info.trace, prev_action), times, predict_key)
+        look_key, predict_key = jax.random.split(key)
+        predicted = agent.predict(playing.look(agent, actor, look_key), times, predict_key)
         return {"observation": actor.env.obs} | {f"prediction_{dt}": value for dt, value in predicted.items()}
 
     def of_state(state: a2c.TrainState) -> dict[str, Array]:

@@ -1,15 +1,15 @@
-"""One game with everything a picture of the belief needs, step by step. Drawing it is in `pictures.py`."""
+"""One game with everything a picture of the belief needs, step by step. Drawing it is in `pictures`."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from dvrl_jax import a2c, compilation
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.agents import Agent, bind
+from dvrl_jax import playing
+from dvrl_jax.agents import Agent
 from dvrl_jax.agents.base import Prediction
 from dvrl_jax.envs import Environment
 
@@ -77,46 +77,33 @@ def record(
         agent: with `use_running_average` set, if it uses batch norm. env: made with `keep_view`.
         greedy: take the most probable action instead of sampling. times: which predictions to make.
     """
-    graphdef, weights = nnx.split(agent)
-    reset_key, draw_key = jax.random.split(key)
 
-    def step(actor: a2c.Actor, key: Array):
-        player = bind(graphdef, weights)
-        belief_key, action_key, predict_key = jax.random.split(key, 3)
-        draws = jax.tree.map(lambda x: x[0], player.draw(belief_key, 1, env.num_envs))
-        h_prev = player.restart(actor.belief, actor.fresh).h
-        belief, info, prev_action = a2c.observe(player, actor, draws)
-        policy, value = player.heads(belief)
-        action = policy.mode() if greedy else policy.sample(seed=action_key)
-        last = Prediction(belief, h_prev, info.trace, prev_action)
+    def keep(agent: Agent, turn: playing.Turn, key: Array) -> dict[str, Any]:
+        before, after, last, policy = turn.before, turn.after, turn.last, turn.policy
         seen = {
-            "view": env.view(actor.env),
-            "obs": actor.env.obs,
-            "observed": actor.env.observed,
-            "predictions": player.predict(last, times, predict_key),
-            "value": value,
+            "view": env.view(before),
+            "obs": before.obs,
+            "observed": before.observed,
+            "predictions": agent.predict(last, times, key),
+            "value": turn.value,
             "policy": policy.probs if env.action.discrete else policy.loc,
-            "action": action,
+            "action": turn.action,
+            "reward": after.true_reward,
+            "counts": after.transition,
+            "over": after.game_over,
         }
         # Beliefs made of weighted particles say so by this field.
-        if hasattr(belief, "log_weight"):
-            seen["weights"] = pf.normalised_weights(belief.log_weight)
+        if hasattr(last.belief, "log_weight"):
+            seen["weights"] = pf.normalised_weights(last.belief.log_weight)
             if not env.observation.is_image:
-                seen["particles"] = particles_alone(player, last, predict_key)
-        state = env.step(actor.env, action)
-        seen |= {"reward": state.true_reward, "counts": state.transition, "over": state.game_over}
-        actor = a2c.Actor(state, belief, player.action_vector(action), state.done | ~state.transition)
-        return actor, jax.tree.map(lambda x: x[0], seen)
+                seen["particles"] = particles_alone(agent, last, key)
+        return jax.tree.map(lambda x: x[0], seen)
 
-    actor = a2c.first_actor(agent, env.reset(reset_key))
-    keys = jax.random.split(draw_key, STEPS_PER_CALL)
-    with compilation.cached(env.restorable):
-        program = jax.jit(lambda actor, keys: jax.lax.scan(step, actor, keys)).lower(actor, keys).compile()
     parts: list[dict[str, Any]] = []
-    for call in range(-(-max_steps // STEPS_PER_CALL)):
-        actor, seen = program(actor, jax.random.split(jax.random.fold_in(draw_key, call), STEPS_PER_CALL))
-        parts.append(jax.tree.map(np.asarray, seen))
-        if parts[-1]["over"].any():
+    stretches = playing.play(agent, env, key, keep, greedy, STEPS_PER_CALL)
+    for part in itertools.islice(stretches, -(-max_steps // STEPS_PER_CALL)):
+        parts.append(part)
+        if part["over"].any():
             break
     everything = jax.tree.map(lambda *x: np.concatenate(x)[:max_steps], *parts)
     over = everything.pop("over")

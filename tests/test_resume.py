@@ -9,28 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from configs import default
 from dvrl_jax import config as config_lib
 from dvrl_jax import evaluation, runs
-from tests.tiny import tiny_hike, train
+from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_UPDATE = 4 * 5
-TIMING = {"wall_time", "obs.fps"}
-
-
-def checkpoint_arrays(workdir):
-    """Every array of the newest checkpoint."""
-    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(max(steps)) / "state").absolute())
-
-
-def untimed(lines):
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 
 
 @pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
@@ -46,7 +33,7 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm):
     assert any(name.startswith("actor.belief.h") for name in parts)
     assert any(name.startswith("window.segments") for name in parts)
     for name, array in straight.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(parts[name]), err_msg=name)
+        np.testing.assert_array_equal(array, parts[name], err_msg=name)
     lines = untimed(runs.read_metrics(tmp_path / "parts"))
     assert lines == untimed(runs.read_metrics(tmp_path / "straight"))
     assert [line["update"] for line in lines] == [10, 20, 30, 40, 50, 60, 66]

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 
 from configs import default, mountain_hike_dvrl, mountain_hike_rnn
 from dvrl_jax import config as config_lib
@@ -44,6 +46,21 @@ def train(workdir, config, **overrides):
         return training.train(run, settings, default.get_config())
     finally:
         run.close()
+
+
+def untimed(lines):
+    """Lines of metrics without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in ("wall_time", "obs.fps")} for line in lines]
+
+
+def checkpoint_arrays(workdir):
+    """Every array of a run's newest checkpoint, by name."""
+    newest = max(
+        (path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore((newest / "state").absolute())
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 class Recall(Environment):

@@ -26,15 +26,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import orbax.checkpoint as ocp
-
 from dvrl_jax import runs
+from tests.tiny import checkpoint_arrays, untimed
 
 ROOT = Path(__file__).parent.parent.parent
 LOG_INTERVAL, CHECKPOINT_INTERVAL = 10, 40
 STEPS_PER_UPDATE = 4 * 5
-TIMING = {"wall_time", "obs.fps"}
 ENDLESS = 2**31
 TIMEOUT = 900  # Seconds that a process may take to reach the moment it is to be killed at; generous for slow machines.
 
@@ -154,14 +151,7 @@ def check_lines(workdir: Path, complete: bool = False) -> list[dict]:
     updates = [line["update"] for line in lines]
     regular = updates[:-1] if complete else updates
     assert regular == [LOG_INTERVAL * (i + 1) for i in range(len(regular))], updates
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
-
-
-def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
-    step = complete_checkpoints(workdir)[-1]
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return untimed(lines)
 
 
 def torture(root: Path, kills: int, seed: int = 0, say: Callable[[str], None] = lambda text: None) -> Counter:
@@ -202,7 +192,7 @@ def finish_and_compare(root: Path) -> Counter:
     assert killed == straight, "metrics differ from those of a run that was never killed"
     assert killed[-1]["update"] == total
     assert not unfinished_checkpoints(workdir), "an unfinished checkpoint was left behind"
-    killed, straight = final_arrays(workdir), final_arrays(root / "straight")
+    killed, straight = checkpoint_arrays(workdir), checkpoint_arrays(root / "straight")
     assert killed.keys() == straight.keys()
     for name, array in straight.items():
         assert array.tobytes() == killed[name].tobytes(), f"{name} differs from a run that was never killed"

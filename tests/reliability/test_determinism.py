@@ -4,12 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default, pong_rnn
-from dvrl_jax import runs, training
+from configs import pong_rnn
+from dvrl_jax import runs
 from dvrl_jax.envs.atari import make_pool
-from tests.tiny import tiny_hike
-
-TIMING = {"wall_time", "obs.fps"}
+from tests import tiny
 
 
 def pong():
@@ -20,18 +18,13 @@ def pong():
 
 
 def hike():
-    return tiny_hike("dvrl", total_env_steps=2000)
+    return tiny.tiny_hike("dvrl", total_env_steps=2000)
 
 
 def train(workdir, config, seed):
-    config.seed = seed
-    run, settings = training.prepare(workdir, config, {}, default.get_config())
-    try:
-        state = training.train(run, settings, default.get_config())
-    finally:
-        run.close()
-    lines = runs.read_metrics(workdir)
-    return state, [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+    """The state after training, and the lines of metrics without those that depend on the clock."""
+    state = tiny.train(workdir, config, seed=seed)
+    return state, tiny.untimed(runs.read_metrics(workdir))
 
 
 @pytest.mark.parametrize("task", [hike, pong])

@@ -18,20 +18,14 @@ import pytest
 
 from configs import default
 from dvrl_jax import a2c, checkpoints, envs, evaluation, runs, training
-from tests.tiny import tiny_hike
+from tests import tiny
 
 PACKAGE = Path(checkpoints.__file__).parent
 UPDATES, STEPS_PER_UPDATE = (20, 40, 60), 4 * 5
 
 
 def train(workdir, **overrides):
-    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
-    config = tiny_hike("rnn", checkpoint__interval=20, **{k.replace(".", "__"): v for k, v in overrides.items()})
-    run, settings = training.prepare(workdir, config, overrides, default.get_config())
-    try:
-        return training.train(run, settings, default.get_config())
-    finally:
-        run.close()
+    return tiny.train(workdir, tiny.tiny_hike("rnn", checkpoint__interval=20), **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def template():
-    config = tiny_hike("rnn")
+    config = tiny.tiny_hike("rnn")
     return a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
 
 
@@ -195,7 +189,7 @@ def test_another_format_is_refused(run, template, version):
 
 
 def test_a_checkpoint_of_another_network_is_refused(run, template):
-    config = tiny_hike("rnn", model__h_dim=9)
+    config = tiny.tiny_hike("rnn", model__h_dim=9)
     other = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
     before = content(run)
     with pytest.raises(runs.RunError, match=r"checkpoints/60: \S+ has shape \(.*\), this configuration needs \("):

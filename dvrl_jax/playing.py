@@ -1,0 +1,89 @@
+"""Playing with given weights, outside of training: evaluations, videos and probes are all made of these turns."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import distrax
+import jax
+import numpy as np
+from flax import nnx
+
+from dvrl_jax import a2c, compilation
+from dvrl_jax.agents import Agent, bind
+from dvrl_jax.agents.base import Prediction
+from dvrl_jax.envs import Environment, EnvState
+
+Array = jax.Array
+
+
+class Turn(NamedTuple):
+    """One observation taken in and one action, for B environments.
+
+    Attributes:
+        before: what the environments showed. after: what they answered to the action.
+        last: the belief that took the observation in, ready to predict from.
+        policy: of the B environments. value: [B]. action: [B] or [B, A].
+    """
+
+    before: EnvState
+    last: Prediction
+    policy: distrax.Distribution
+    value: Array
+    action: Array
+    after: EnvState
+
+
+def look(agent: Agent, actor: a2c.Actor, key: Array) -> Prediction:
+    """Takes the observation at hand into the belief; the belief is in `Prediction.belief`."""
+    draws = jax.tree.map(lambda x: x[0], agent.draw(key, 1, actor.fresh.shape[0]))
+    h_prev = agent.restart(actor.belief, actor.fresh).h
+    belief, info, prev_action = a2c.observe(agent, actor, draws)
+    return Prediction(belief, h_prev, info.trace, prev_action)
+
+
+def take_turn(
+    agent: Agent, env: Environment, actor: a2c.Actor, key: Array, greedy: bool = False
+) -> tuple[a2c.Actor, Turn]:
+    """Looks, acts, and steps the environment; `greedy` takes the most probable action instead of sampling."""
+    look_key, action_key = jax.random.split(key)
+    last = look(agent, actor, look_key)
+    policy, value = agent.heads(last.belief)
+    action = policy.mode() if greedy else policy.sample(seed=action_key)
+    state = env.step(actor.env, action)
+    turn = Turn(actor.env, last, policy, value, action, state)
+    return a2c.Actor(state, last.belief, agent.action_vector(action), state.done | ~state.transition), turn
+
+
+def play(
+    agent: Agent,
+    env: Environment,
+    key: Array,
+    keep: Callable[[Agent, Turn, Array], Any],
+    greedy: bool = False,
+    steps_per_call: int = 100,
+) -> Iterator[Any]:
+    """Plays on and on; each item is what was kept of the next `steps_per_call` turns.
+
+    Args:
+        agent: with `use_running_average` set, if it uses batch norm.
+        keep: of (agent, turn, key), which arrays to keep of a turn: a pytree.
+    Yields:
+        what `keep` returned, as NumPy arrays with a leading axis over turns.
+    """
+    graphdef, weights = nnx.split(agent)
+
+    def step(actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, Any]:
+        player = bind(graphdef, weights)
+        turn_key, keep_key = jax.random.split(key)
+        actor, turn = take_turn(player, env, actor, turn_key, greedy)
+        return actor, keep(player, turn, keep_key)
+
+    reset_key, turns_key = jax.random.split(key)
+    actor = a2c.first_actor(agent, env.reset(reset_key))
+    keys_of = lambda call: jax.random.split(jax.random.fold_in(turns_key, call), steps_per_call)
+    with compilation.cached(env.restorable):
+        program = jax.jit(lambda actor, keys: jax.lax.scan(step, actor, keys)).lower(actor, keys_of(0)).compile()
+    for call in itertools.count():
+        actor, kept = program(actor, keys_of(call))
+        yield jax.tree.map(np.asarray, kept)
