@@ -4,13 +4,21 @@ import os
 import tempfile
 from pathlib import Path
 
-# Programs that several tests need are compiled once; set before JAX is imported, and for processes started by tests.
-_cache = tempfile.TemporaryDirectory(prefix="dvrl_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-# Most of a test's time is compilation: leave out what makes the machine code fast. The programs stay the same.
-_quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_quick}"
+# Set before JAX is imported. The workers of pytest-xdist, and processes started by tests, inherit all this.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Programs that several tests need are compiled once.
+    _cache = tempfile.TemporaryDirectory(prefix="dvrl_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    # Most of a test's time is compilation: leave out what makes the machine code fast. The programs stay the same.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_use_fusion_emitters=false",
+        ]
+    )
 
 
 def pytest_addoption(parser):

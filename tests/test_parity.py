@@ -108,8 +108,8 @@ def test_segments_losses_and_gradients(golden, golden_path):
     Some gradients are zero but for rounding: those of a bias before batch norm, and what passes a batch norm whose
     batch is constant (all observations blank), which multiplies rounding errors by 1/sqrt(eps) per layer. The
     recorded float32 numbers hold such errors too. What rounding does to each array is measured, by computing it in
-    float64 as well, and allowed for (five times, for it is random, and ten units in the last place of the whole
-    gradient).
+    float64 as well, and allowed for (ten times, for it is random, and differs from compiler to compiler; and ten units
+    in the last place of the whole gradient).
     """
     data = golden.data
     tolerance = 1e-3 if golden.is_image and golden.sizes["batch_norm"] else 1e-4
@@ -123,7 +123,7 @@ def test_segments_losses_and_gradients(golden, golden_path):
         assert_close(outcome.returns[..., None], data[f"{name}/returns"], f"{name}/returns")
         assert_close(outcome.rollout.bootstrap[:, None], data[f"bootstrap{segment}/value"], f"bootstrap{segment}/value")
         roundings = jax.tree.map(lambda a, b: a - b, grads, exact[segment][0])
-        total_rounding = 5 * norm(jax.tree.leaves(roundings))
+        total_rounding = 10 * norm(jax.tree.leaves(roundings))
         grad_norm = norm(jax.tree.leaves(grads))
         least = 10 * np.finfo(np.float32).eps * grad_norm
         assert_close(grad_norm, data[f"{name}/grad_norm"], f"{name}/grad_norm", tolerance, total_rounding)
@@ -131,5 +131,5 @@ def test_segments_losses_and_gradients(golden, golden_path):
         leaves = map(jax.tree.leaves, (grads, expected, roundings))
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(grads)]
         for path, actual, reference, rounding in zip(paths, *leaves, strict=True):
-            allowance = least + 5 * np.max(np.abs(rounding))
+            allowance = least + 10 * np.max(np.abs(rounding))
             assert_close(actual, reference, f"{name}/grad{path}", tolerance, allowance)
