@@ -174,6 +174,8 @@ def is_killed(mutant: Mutant, number: int, root: Path) -> bool:
         os.dup2(output, 2)
         os.environ["TMPDIR"], tempfile.tempdir = str(copy), str(copy)
         os.chdir(copy)
+        for module in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+            del sys.modules[module]  # The original's; the copy has its own.
         sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
         import pytest
 
