@@ -135,6 +135,12 @@ def test_ancestors_stay_in_range_at_the_largest_u(num_particles):
         np.testing.assert_array_equal(resampled, particles[:, ancestors[0]])
 
 
+def test_a_last_particle_of_small_weight_is_found_close_to_one():
+    """The bound on positions is no looser than rounding: 0.9997 lies in the last 0.0005 of the weights."""
+    log_weights = jnp.log(jnp.array([[0.9995, 0.0005]]))
+    np.testing.assert_array_equal(pf.systematic_ancestors(log_weights, jnp.array([0.9994])), [[0, 1]])
+
+
 def test_without_the_bound_the_largest_u_would_give_an_ancestor_out_of_range():
     """Why the index must be bounded: float32 rounds the last position up to 1, past every cumulative weight."""
     out_of_range = []
