@@ -110,6 +110,7 @@ class Notes(NamedTuple):
     encode: tuple
     transition: tuple
     weigh: tuple
+    summarise: tuple
 
 
 class Segment(NamedTuple):
@@ -118,7 +119,7 @@ class Segment(NamedTuple):
     Attributes:
         h: [B, ...] recurrent state before the first step.
         obs: [T, B, ...]. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of [T, B, ...].
-        notes: what encoder and recurrence computed; those of `weigh` are left out.
+        notes: what encoder and recurrence computed; the others are empty.
     """
 
     h: Array
@@ -187,7 +188,7 @@ class Rollout(NamedTuple):
 
     Attributes:
         actor, batch_stats: after the segment.
-        segment: for unrolling it again. weigh_notes: the notes that `segment` leaves out.
+        segment: for unrolling it again. weigh_notes, summary_notes: the notes that `segment` leaves out.
         action: [T, B, ...] taken. env: [T, B] outcomes of the steps; obs and inner left out.
         bootstrap: [B], the value of the last observation.
     """
@@ -196,6 +197,7 @@ class Rollout(NamedTuple):
     batch_stats: nnx.State
     segment: Segment
     weigh_notes: tuple
+    summary_notes: tuple
     action: Array
     env: EnvState
     bootstrap: Array
@@ -294,18 +296,18 @@ def make_learner(config, env: Environment) -> Learner:
         """One step: update the belief, choose an action, step the environment."""
         actor, batch_stats = carry
         agent = agent_of(params, batch_stats)
-        tapes = Tapes(Recorder(), Recorder(), Recorder())
+        tapes = Tapes(*(Recorder() for _ in Tapes._fields))
         belief, info, prev_action = observe(agent, actor, draws.belief, tapes)
-        policy = agent.policy(agent.policy_features(belief, tapes.weigh))
+        policy = agent.policy(agent.policy_features(belief, tapes.summarise))
         action = policy.sample(seed=draws.action_keys) if draws.action is None else draws.action
         outcome = env.step(actor.env, action)
         # A transition that ends an episode, or a call that delivered a new episode's first frame.
         fresh = outcome.done | ~outcome.transition
         notes = Notes(*(tape.notes for tape in tapes))
-        kept = (actor.env.obs, prev_action, actor.fresh, info.trace, notes._replace(weigh=()))
+        kept = (actor.env.obs, prev_action, actor.fresh, info.trace, notes._replace(weigh=(), summarise=()))
         actor = Actor(outcome, belief, agent.action_vector(action), fresh)
         outcome = outcome._replace(inner=(), obs=())
-        return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, action, outcome)
+        return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, notes.summarise, action, outcome)
 
     def roll_out(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Draws) -> Rollout:
         """Acts for one segment; no gradient is taken of this."""
@@ -344,17 +346,22 @@ def make_learner(config, env: Environment) -> Learner:
         """The loss of a segment, as a function of the weights and of the recurrent state h before it."""
         segment = rollout.segment
 
-        def judge(_, x):
-            step, inputs, trace, obs, action, notes = x
-            agent, tape = agent_of(params, batch_stats), Player(notes)
-            belief, info = agent.weigh(step, inputs, trace, obs, tape)
-            features = agent.policy_features(belief, tape)
-            policy, value = agent.policy(features), agent.value(features)
-            return None, Steps(value, policy.log_prob(action), policy.entropy(), info.encoding_loss, info.metrics)
+        def weigh(_, x):
+            step, inputs, trace, obs, notes = x
+            belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
+            return None, (belief, info.encoding_loss, info.metrics)
+
+        def judge(belief, action, notes):
+            agent = agent_of(params, batch_stats)
+            features = agent.policy_features(belief, Player(notes))
+            policy = agent.policy(features)
+            return agent.value(features), policy.log_prob(action), policy.entropy()
 
         inputs, steps = recur(params, h, batch_stats, segment)
-        xs = (steps, inputs, segment.trace, segment.obs, rollout.action, rollout.weigh_notes)
-        _, steps = jax.lax.scan(judge, None, xs, unroll=unroll)
+        xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
+        _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
+        # Summaries of beliefs depend on no other step: all steps at once.
+        steps = Steps(*jax.vmap(judge)(beliefs, rollout.action, rollout.summary_notes), *weighed)
         returns = n_step_returns(rollout.env.reward, rollout.env.done, rollout.bootstrap, gamma)
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)

@@ -55,6 +55,7 @@ class Tapes(NamedTuple):
     encode: Tape = NO_TAPE
     transition: Tape = NO_TAPE
     weigh: Tape = NO_TAPE
+    summarise: Tape = NO_TAPE
 
 
 NO_TAPES = Tapes()
