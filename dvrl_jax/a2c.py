@@ -449,6 +449,7 @@ def make_learner(config, env: Environment) -> Learner:
         may_go_on = lambda state: (state.update < last) & (state.skipped_in_row < config.max_skipped_updates)
         return jax.lax.while_loop(may_go_on, update, state)
 
+    @jax.jit
     def restart(state: TrainState, env_state: EnvState) -> TrainState:
         """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
         actor = first_actor(agent_verbs, env_state)
@@ -462,14 +463,10 @@ def make_learner(config, env: Environment) -> Learner:
         return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.
 
     @jax.jit
-    def fresh_weights(key: Array) -> tuple[nnx.State, nnx.State]:
-        return nnx.split(make_agent(config, env, key), nnx.Param, nnx.BatchStat)[1:]
-
-    def init(key: Array) -> TrainState:
-        """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments."""
-        agent_key, env_key, train_key = jax.random.split(key, 3)
-        params, batch_stats = fresh_weights(agent_key)
-        state = TrainState(
+    def untrained(agent_key: Array, train_key: Array) -> TrainState:
+        """Fresh weights and counters at 0, without environments."""
+        _, params, batch_stats = nnx.split(make_agent(config, env, agent_key), nnx.Param, nnx.BatchStat)
+        return TrainState(
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
@@ -483,6 +480,10 @@ def make_learner(config, env: Environment) -> Learner:
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
         )
-        return restart(state, env.reset(env_key))
+
+    def init(key: Array) -> TrainState:
+        """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments."""
+        agent_key, env_key, train_key = jax.random.split(key, 3)
+        return restart(untrained(agent_key, train_key), env.reset(env_key))
 
     return Learner(init, restart, run, roll_out, gradient, push, draw, graphdef)

@@ -62,7 +62,9 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
     program = jax.jit(learner.run, donate_argnums=0)
 
     def train(seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None):
-        state = learner.init(jax.random.PRNGKey(seed)) if state is None else state
+        if state is None:
+            with compilation.cached(True):
+                state = learner.init(jax.random.PRNGKey(seed))
         history, end = [], int(state.update) + num_updates
         with compilation.cached(env.restorable):
             while (update := int(state.update)) < end:

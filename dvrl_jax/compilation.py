@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def default_cache_directory() -> Path:
@@ -24,6 +25,7 @@ def cached(enabled: bool) -> Iterator[None]:
     A directory set by the environment variable JAX_COMPILATION_CACHE_DIR is respected.
     """
     before = {name: getattr(jax.config, name) for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")}
+    compilation_cache.reset_cache()  # JAX decides once whether the cache is used, unless it is made to forget.
     jax.config.update("jax_enable_compilation_cache", enabled)
     if enabled and not before["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_directory()))
@@ -32,3 +34,4 @@ def cached(enabled: bool) -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -66,7 +66,8 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
     """
     env = envs.make_env(config.env, config.num_envs, config.seed)
     learner = a2c.make_learner(config, env)
-    state = learner.init(jax.random.PRNGKey(config.seed))
+    with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
+        state = learner.init(jax.random.PRNGKey(config.seed))
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         _describe(run, config, default, state)
         wall_time = 0.0
