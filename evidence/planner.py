@@ -18,6 +18,7 @@ cells' centres are interpolated linearly. Beyond the grid the outermost cell goe
 between cells, where the reward jumps.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -100,36 +101,35 @@ def best_action_value(outlook: Array, actions: np.ndarray, spacing: float) -> Ar
     return jax.lax.scan(better, start, (jnp.asarray(cells), fractions, cost(jnp.asarray(actions))))[0]
 
 
-def make_plan(
-    observation_std: float, spacing: float, directions: int, steps: int = hike.EPISODE_LENGTH, sees: bool = True
-) -> Plan:
+def make_plan(observation_std: float, spacing: float, directions: int, steps: int = hike.EPISODE_LENGTH) -> Plan:
     """Plans for readings with noise `observation_std` in box units.
 
     Args:
+        observation_std: infinite for no readings.
         spacing: side of a cell in box units, a whole fraction of 0.5, so that the box's sides lie between cells.
-        directions: of the actions. steps: length of an episode. sees: there are readings at all.
+        directions: of the actions. steps: length of an episode.
     """
     count = round(2.0 * EXTENT / spacing)
     axis = (np.arange(count) + 0.5) * spacing - EXTENT
-    actions = action_set(directions)
-    variances = kalman.schedule(observation_std if sees else np.inf, steps + 1)
+    variances = kalman.schedule(observation_std, steps + 1)
+    spread = np.stack([variances.prior, variances.gain * variances.prior], axis=-1)
+    outlook, value = _solve(jnp.asarray(axis, jnp.float32), jnp.asarray(spread, jnp.float32), spacing, directions)
+    return Plan(axis, action_set(directions), outlook, float(value))
 
-    @jax.jit
-    def solve(axis):
-        reward = hike.height_reward(jnp.stack(jnp.meshgrid(axis, axis, indexing="ij"), axis=-1))
 
-        def back(value, variance):
-            of_position, of_mean = variance
-            outlook = blur(reward, axis, of_position) + blur(value, axis, of_mean)
-            return best_action_value(outlook, actions, spacing), outlook
+@functools.partial(jax.jit, static_argnames=("spacing", "directions"))
+def _solve(axis: Array, spread: Array, spacing: float, directions: int) -> tuple[Array, Array]:
+    """G [T, n, n] and the mean of V_0, for the variances [T + 1, 2] of positions and of the next mean around m + a."""
+    reward = hike.height_reward(jnp.stack(jnp.meshgrid(axis, axis, indexing="ij"), axis=-1))
 
-        spread = jnp.asarray(np.stack([variances.prior, variances.gain * variances.prior], axis=-1), jnp.float32)
-        value, outlook = jax.lax.scan(back, jnp.zeros_like(reward), spread[1:], reverse=True)
-        start = [cell_probabilities(jnp.asarray(x), axis, spread[0, 1]) for x in hike.START]
-        return outlook, start[0] @ value @ start[1]
+    def back(value, variance):
+        of_position, of_mean = variance
+        outlook = blur(reward, axis, of_position) + blur(value, axis, of_mean)
+        return best_action_value(outlook, action_set(directions), spacing), outlook
 
-    outlook, value = solve(jnp.asarray(axis, jnp.float32))
-    return Plan(axis, actions, outlook, float(value))
+    value, outlook = jax.lax.scan(back, jnp.zeros_like(reward), spread[1:], reverse=True)
+    start = [cell_probabilities(jnp.asarray(x), axis, spread[0, 1]) for x in hike.START]
+    return outlook, start[0] @ value @ start[1]
 
 
 def act(plan: Plan, outlook: Array, point: Array) -> Array:

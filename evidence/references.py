@@ -5,6 +5,7 @@
 Each reference plays whole episodes in the environment that agents are trained in. Prints a table and writes JSON.
 """
 
+import functools
 import json
 import math
 import platform
@@ -39,31 +40,65 @@ class Seen(NamedTuple):
     mean: Array
 
 
-def play(choose: Callable[[Seen, Array], Array], observation_std: float, gains: np.ndarray, episodes: int, seed: int):
-    """Returns [episodes] float64 of whole episodes.
+POSITION, READING, MEAN = 1, 2, 3  # Fields of `Seen`, as data.
+
+
+def stand_still(parameters: tuple, seen: Seen, key: Array) -> Array:
+    """No action."""
+    del parameters, key
+    return jnp.zeros_like(seen.mean)
+
+
+def untrained(parameters: tuple, seen: Seen, key: Array) -> Array:
+    """What policies do before they are trained."""
+    del parameters
+    return jax.random.normal(key, seen.mean.shape)
+
+
+def follow(parameters: tuple[planner.Plan, Array], seen: Seen, key: Array) -> Array:
+    """The plan's action at the position, the reading or the mean."""
+    del key
+    plan, field = parameters
+    points = jnp.stack([seen.position, seen.reading, seen.mean])
+    return planner.act(plan, plan.outlook[seen.time], points[field - POSITION])
+
+
+def play(
+    choose: Callable[[Any, Seen, Array], Array],
+    parameters: Any,
+    observation_std: float,
+    gains: np.ndarray,
+    episodes: int,
+    seed: int,
+) -> np.ndarray:
+    """Returns [episodes] of whole episodes, float64.
 
     Args:
-        choose: the actions [B, 2] for what is seen, and a key. gains: [T] of the filter behind `Seen.mean`.
+        choose: the actions [B, 2] from the parameters, what is seen, and a key. gains: [T] of the filter behind
+            `Seen.mean`.
     """
+    gains = jnp.asarray(gains, jnp.float32)
+    rewards, done = _play(choose, parameters, observation_std, gains, episodes, jax.random.PRNGKey(seed))
+    assert bool(jnp.all(done[-1])) and not bool(jnp.any(done[:-1]))
+    return np.sum(np.asarray(rewards, np.float64), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("choose", "episodes"))
+def _play(choose, parameters, observation_std, gains, episodes, key):
+    """Rewards and ends of episodes, [T, B]."""
     env = MountainHike(episodes, observation_std)
-    reset_key, action_key = jax.random.split(jax.random.PRNGKey(seed))
+    reset_key, action_key = jax.random.split(key)
 
     def step(carry, time):
         state, prior = carry
         mean = kalman.correct(prior, state.obs, gains[time])
         seen = Seen(time, env.view(state), state.obs / hike.OBSERVATION_SCALE, mean)
-        action = choose(seen, jax.random.fold_in(action_key, time))
+        action = choose(parameters, seen, jax.random.fold_in(action_key, time))
         state = env.step(state, action)
         return (state, kalman.predict(mean, action)), (state.reward, state.done)
 
-    @jax.jit
-    def run(state):
-        return jax.lax.scan(step, (state, kalman.first_mean(episodes)), jnp.arange(hike.EPISODE_LENGTH))[1]
-
-    gains = jnp.asarray(gains, jnp.float32)
-    rewards, done = run(env.reset(reset_key))
-    assert bool(jnp.all(done[-1])) and not bool(jnp.any(done[:-1]))
-    return np.sum(np.asarray(rewards, np.float64), axis=0)
+    start = (env.reset(reset_key), kalman.first_mean(episodes))
+    return jax.lax.scan(step, start, jnp.arange(hike.EPISODE_LENGTH))[1]
 
 
 class Reference(NamedTuple):
@@ -80,31 +115,28 @@ def measure(spacing: float, directions: int, episodes: int, seed: int) -> list[R
     """Plays all references, each on the same starts and noise."""
     found = []
 
-    def add(name, noise, choose, planned=None, filter_std=math.inf):
+    def add(name, noise, choose, parameters=(), planned=None, filter_std=math.inf):
         gains = kalman.schedule(filter_std).gain
-        returns = play(choose, 0.0 if noise is None else noise, gains, episodes, seed)
+        returns = play(choose, parameters, noise or 0.0, gains, episodes, seed)
         error = float(np.std(returns, ddof=1) / math.sqrt(episodes))
         found.append(Reference(name, noise, float(np.mean(returns)), error, planned))
 
-    def follow(plan, point):
-        return lambda seen, key: planner.act(plan, plan.outlook[seen.time], point(seen))
-
-    add("standing still", None, lambda seen, key: jnp.zeros_like(seen.mean))
-    add(RANDOM, None, lambda seen, key: jax.random.normal(key, seen.mean.shape))
+    add("standing still", None, stand_still)
+    add(RANDOM, None, untrained)
     blind = planner.make_plan(math.inf, spacing, directions)
-    add("best without readings", None, follow(blind, lambda seen: seen.mean), blind.value)
+    add("best without readings", None, follow, (blind, MEAN), blind.value)
     del blind
     sighted = planner.make_plan(0.0, spacing, directions)
     noisy = [noise for noise in NOISE if noise > 0]
     for noise in noisy:
-        add("takes the last reading for the position", noise, follow(sighted, lambda seen: seen.reading))
+        add("takes the last reading for the position", noise, follow, (sighted, READING))
     for noise in noisy:
         name = "takes the exact filter's mean for the position"
-        add(name, noise, follow(sighted, lambda seen: seen.mean), filter_std=noise)
+        add(name, noise, follow, (sighted, MEAN), filter_std=noise)
     for noise in noisy:
         plan = planner.make_plan(noise, spacing, directions)
-        add(BEST, noise, follow(plan, lambda seen: seen.mean), plan.value, filter_std=noise)
-    add(SIGHTED, None, follow(sighted, lambda seen: seen.position), sighted.value)
+        add(BEST, noise, follow, (plan, MEAN), plan.value, noise)
+    add(SIGHTED, None, follow, (sighted, POSITION), sighted.value)
     return found
 
 
