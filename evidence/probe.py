@@ -30,6 +30,7 @@ from evidence import kalman
 Array = jax.Array
 
 PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)  # Of the ridge regression, on features of unit variance.
+LEAST_SPREAD = 1e-4  # A feature whose standard deviation is a smaller part of its size is taken as constant.
 VALIDATION = 0.25  # Share of the episodes to fit on that chooses among them.
 HEADS, EXACT = "what actor and critic see", "exact filter"
 
@@ -116,8 +117,9 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> Linear:
     """
     x, y = x.astype(np.float64), y.astype(np.float64)
     mean, offset = x.mean(axis=0), y.mean(axis=0)
-    scale = x.std(axis=0)
-    scale = np.where(scale > 1e-8, scale, 1.0)  # What hardly varies says nothing, and is not blown up.
+    scale, size = x.std(axis=0), np.sqrt(np.square(x).mean(axis=0))
+    # What hardly varies, such as a saturated unit, is of no use to the agent's heads, and is not blown up here.
+    scale = np.where(scale > LEAST_SPREAD * size, scale, np.maximum(size, 1.0) / LEAST_SPREAD)
     standard = (x - mean) / scale
     gram = standard.T @ standard / len(x) + penalty * np.eye(x.shape[1])
     return Linear(mean, scale, np.linalg.solve(gram, standard.T @ (y - offset) / len(x)), offset)
@@ -162,7 +164,8 @@ def estimates(played: Episodes, observation_std: float) -> list[dict[str, Any]]:
 
     def regress(name: str, x: np.ndarray, x_held_out: np.ndarray) -> None:
         linear, penalty = fit(x, seen.position)
-        add(name, linear(x_held_out), features=x.shape[-1], penalty=penalty)
+        spread = float(np.median(x.std(axis=(0, 1), dtype=np.float64)))
+        add(name, linear(x_held_out), features=x.shape[-1], spread=spread, penalty=penalty)
 
     add("constant mean", seen.position.mean(axis=(0, 1)))
     add("mean of the step", seen.position.mean(axis=1, keepdims=True))
@@ -215,10 +218,11 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
 
 def table(result: dict[str, Any]) -> str:
     """What `probe` returned, as Markdown."""
-    rows = ["| estimate from | numbers | error x | error y | error |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| estimate from | numbers | spread | error x | error y | error |", "| --- | --- | --- | --- | --- | --- |"]
     for one in result["estimates"]:
         cells = (f"{one['rmse_x']:.4f}", f"{one['rmse_y']:.4f}", f"{one['rmse']:.4f} ± {one['standard_error']:.4f}")
-        rows.append(f"| {one['name']} | {one.get('features', '-')} | {' | '.join(cells)} |")
+        fitted = f"{one['features']} | {one['spread']:.2g}" if "features" in one else "- | -"
+        rows.append(f"| {one['name']} | {fitted} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
