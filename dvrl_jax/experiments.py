@@ -1,6 +1,6 @@
 """The paper's experiments as data: which configurations to train, how they are compared, and how long they take.
 
-Which values an ablation takes is decided here. Numbers of the paper are not repeated.
+Which values an ablation or a search takes is decided here. Numbers of the paper are not repeated.
 """
 
 import fnmatch
@@ -29,6 +29,11 @@ NOISE = (0.0, 0.15, 0.3)  # Standard deviations of Mountain Hike's readings.
 ABLATION_GAME = "ChopperCommand"
 PARTICLES = (1, 3, 5)  # Besides the configuration's own 15.
 WINDOWS = (1, 2, 5)  # Segments, besides the configuration's own 10.
+# On Mountain Hike at noise 0.3, besides the configuration's own 10 particles, 5 segments, 3e-4 and 0.1.
+HIKE_PARTICLES = (1, 5, 30)
+HIKE_WINDOWS = (1, 10)
+HIKE_LEARNING_RATES = {"1e-4": 1e-4, "1e-3": 1e-3}
+HIKE_ENCODING_COEFS = (0.01, 1.0)
 
 
 class Experiment(NamedTuple):
@@ -61,7 +66,31 @@ def _experiments() -> dict[str, Experiment]:
         found.append(Experiment(f"ablation/window/rnn-{length}", rnn, {"bptt_segments": length}))
     found.append(Experiment("ablation/joint/detached", dvrl, {"model.detach_encoder": True}))
     found.append(Experiment("ablation/actions/rnn-without", rnn, {"model.action_encoding": 0}))
+    found += _hike_experiments()
     return {experiment.name: experiment for experiment in found}
+
+
+def _hike_experiments() -> list[Experiment]:
+    """What varies one field of the two agents on Mountain Hike at noise 0.3."""
+    found = []
+
+    def add(name: str, agent: str, field: str, value: Any) -> None:
+        fields = {"env.observation_std": NOISE[-1], field: value}
+        found.append(Experiment(name, f"mountain_hike_{agent}.py", fields))
+
+    for count in HIKE_PARTICLES:
+        add(f"hike-ablation/particles/{count}", "dvrl", "model.num_particles", count)
+    for length in HIKE_WINDOWS:
+        for agent in ("dvrl", "rnn"):
+            add(f"hike-ablation/window/{agent}-{length}", agent, "bptt_segments", length)
+    add("hike-ablation/joint/detached", "dvrl", "model.detach_encoder", True)
+    add("hike-ablation/resampling/off", "dvrl", "model.resample", False)
+    for name, rate in HIKE_LEARNING_RATES.items():
+        for agent in ("dvrl", "rnn"):
+            add(f"hike-search/{agent}/lr-{name}", agent, "optimizer.learning_rate", rate)
+    for coef in HIKE_ENCODING_COEFS:
+        add(f"hike-search/dvrl/elbo-{coef:g}", "dvrl", "loss.encoding_coef", coef)
+    return found
 
 
 EXPERIMENTS = _experiments()
@@ -76,6 +105,16 @@ def _comparisons() -> dict[str, tuple[str, ...]]:
         found[f"ablation/window/{agent}"] = (*(f"ablation/window/{agent}-{length}" for length in WINDOWS), base)
     found["ablation/joint"] = ("ablation/joint/detached", base_dvrl)
     found["ablation/actions"] = ("ablation/actions/rnn-without", base_rnn)
+    dvrl, rnn = (f"hike/{NOISE[-1]}/{agent}" for agent in ("dvrl", "rnn"))
+    found["hike-ablation/particles"] = (*(f"hike-ablation/particles/{count}" for count in HIKE_PARTICLES), dvrl)
+    for agent, base in (("dvrl", dvrl), ("rnn", rnn)):
+        lengths = (f"hike-ablation/window/{agent}-{length}" for length in HIKE_WINDOWS)
+        found[f"hike-ablation/window/{agent}"] = (*lengths, base)
+        rates = (f"hike-search/{agent}/lr-{name}" for name in HIKE_LEARNING_RATES)
+        found[f"hike-search/{agent}/learning-rate"] = (*rates, base)
+    found["hike-ablation/joint"] = ("hike-ablation/joint/detached", dvrl)
+    found["hike-ablation/resampling"] = ("hike-ablation/resampling/off", dvrl)
+    found["hike-search/dvrl/elbo"] = (*(f"hike-search/dvrl/elbo-{coef:g}" for coef in HIKE_ENCODING_COEFS), dvrl)
     return found
 
 

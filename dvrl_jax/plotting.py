@@ -47,9 +47,9 @@ def load_run(path: Path) -> Run:
         RunError: it is not one, or has no metrics yet; the message lists what there is.
     """
     fields = runs.read_config(path)
-    if fields is None or not (path / "metrics.jsonl").exists():
+    if fields is None or not runs.has_metrics(path):
         root = path.parent
-        found = sorted((p.parent.name for p in root.glob("*/metrics.jsonl")), key=lambda name: (len(name), name))
+        found = sorted((p.name for p in root.glob("*") if runs.has_metrics(p)), key=lambda name: (len(name), name))
         raise runs.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
     return Run(path, fields, runs.read_metrics(path))
 
@@ -78,7 +78,7 @@ def group_runs(loaded: list[Run]) -> dict[str, list[Run]]:
     names: dict[tuple, str] = {}
     for one in essences:
         values = dict(one)
-        names[one] = ", ".join(values[f] if f in ("algorithm", "env.name") else f"{f}={values[f]}" for f in shown)
+        names[one] = ", ".join(values[f] if f in ("algorithm", "env.name") else f"{f}={values.get(f)}" for f in shown)
     if len(set(names.values())) < len(names):
         names = {one: ", ".join(f"{f}={dict(one).get(f)}" for f in sorted(differing)) for one in essences}
     groups: dict[str, list[Run]] = {}

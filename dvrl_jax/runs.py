@@ -1,7 +1,7 @@
 """A run's directory: its number, its lock, `config.json` and `metrics.jsonl`.
 
     saved_runs/7/config.json      the configuration, field by field
-    saved_runs/7/metrics.jsonl    one JSON object per log line
+    saved_runs/7/metrics.jsonl    one JSON object per log line; of runs put away also metrics.jsonl.gz
     saved_runs/7/checkpoints/     see `dvrl_jax.checkpoints`
 
 Everything read back is JSON or arrays; nothing in a run directory is ever executed or unpickled.
@@ -9,9 +9,11 @@ Everything read back is JSON or arrays; nothing in a run directory is ever execu
 
 import contextlib
 import fcntl
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,17 +115,27 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return fields
 
 
+def has_metrics(path: Path) -> bool:
+    """Whether `read_metrics` finds a file there."""
+    return any((Path(path) / name).exists() for name in ("metrics.jsonl", "metrics.jsonl.gz"))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run directory's metrics.jsonl; a last line cut short is left out.
+    """All complete lines of a run directory's metrics.jsonl, or else .jsonl.gz; a last line cut short is left out.
 
     Raises:
         RunError: the file cannot be read, or a line before the last is damaged.
     """
     path = Path(path) / "metrics.jsonl"
+    compressed = path.with_name("metrics.jsonl.gz")
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+        if compressed.exists() and not path.exists():
+            path = compressed
+            lines = gzip.decompress(path.read_bytes()).split(b"\n")
+        else:
+            lines = path.read_bytes().split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     result = []
     for number, line in enumerate(lines, 1):
         if not line:

@@ -13,6 +13,7 @@ import pytest
 from configs import default
 from dvrl_jax import config as config_lib
 from dvrl_jax import runs
+from evidence import tables
 from tests.tiny import tiny_hike
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,10 @@ def test_the_plot_of_stored_runs_is_drawn(tmp_path):
     command = [word for word in command if not word.startswith("--out")] + [f"--out={tmp_path / 'plot'}"]
     subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=600)
     assert (tmp_path / "plot.png").exists() and (tmp_path / "plot.svg").exists()
+
+
+def test_tables_hold_what_the_stored_files_say():
+    assert tables.stale() == [], "python -m evidence.tables"
 
 
 def test_the_examples_of_extending_run():

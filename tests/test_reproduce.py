@@ -20,19 +20,22 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1 + 9 + 6
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 37),
+        ([], 52),
         (["hike"], 6),
         (["atari/Pong"], 2),
         (["atari/*/rnn"], 10),
         (["ablation/particles"], 4),
         (["hike/0.3/dvrl", "atari/Pong/rnn"], 2),
+        (["hike-ablation"], 9),
+        (["hike-ablation/*"], 11),  # With the two that they are compared with.
+        (["hike-search/dvrl/learning-rate"], 3),
     ],
 )
 def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):

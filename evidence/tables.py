@@ -1,0 +1,183 @@
+"""The tables in the documentation, made from the stored files.
+
+    python -m evidence.tables
+    python -m evidence.tables --check
+
+A table stands between two comments, and is replaced by what the named files under docs/results say:
+
+    <!-- table: mountain_hike -->         returns and encoding losses of all runs below that folder
+    <!-- table: mountain_hike probes -->  their probe-<update>.json
+    <!-- table: references.json -->       the references
+    <!-- end -->
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line, plotting, runs
+from evidence import probe, references
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
+BEGIN = re.compile(r"^<!-- table: ", re.M)
+BLOCK = re.compile(r"^(<!-- table: (\S+)( probes)? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
+
+RETURNS_AT = (1_200_000, 2_000_000)  # Environment steps.
+ENCODING_AFTER = 360_000  # By then the encoding loss has come down from its start.
+
+Lines = list[dict[str, Any]]
+
+
+def load(folder: Path) -> dict[str, list[plotting.Run]]:
+    """The runs below a folder by setting: those of one setting differ in seed and length only.
+
+    Raises:
+        RunError: there is none.
+    """
+    paths = sorted(path.parent for path in folder.rglob("config.json"))
+    loaded = [plotting.load_run(path) for path in paths]
+    if not loaded:
+        raise runs.RunError(f"{folder}: holds no runs")
+    settings = {}
+    for algorithm in sorted({run.fields["algorithm"] for run in loaded}, reverse=True):
+        alike = [run for run in loaded if run.fields["algorithm"] == algorithm]
+        for label, group in plotting.group_runs(alike).items():
+            name = algorithm.upper() if label == algorithm else f"{algorithm.upper()}, {label}"
+            settings[name] = sorted(group, key=lambda run: run.fields["seed"])
+    return settings
+
+
+def value_at(lines: Lines, metric: str, steps: int) -> float:
+    """A metric on the last line up to `steps`; NaN if the run did not get there."""
+    reached = [line for line in lines if line["env_steps"] <= steps]
+    if not reached or lines[-1]["env_steps"] < steps:
+        return math.nan
+    return runs.column(reached[-1:], metric)[0]
+
+
+def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]:
+    """A row's numbers: returns, the last one's share of what can be reached, encoding loss at the end and at most."""
+    lines = run.lines
+    returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT] + runs.column(lines[-1:], "result.true")
+    share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
+    late = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
+    encoding = math.nan
+    if run.fields["algorithm"] == "dvrl":  # Else the loss is a constant 0.
+        encoding = runs.column(lines[-1:], "loss.encoding")[0]
+    most = math.nan if math.isnan(encoding) or not late else max(runs.column(late, "loss.encoding"))
+    return [*returns, share, encoding, most]
+
+
+DIGITS = (*(1 for _ in RETURNS_AT), 1, 2, 2, 2)
+
+
+def returns_table(folder: Path, known: list[references.Reference]) -> str:
+    """A row per run and, where there are several seeds, their mean and standard error."""
+    at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
+    most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
+    rows = [["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most]]
+    rows.append(["---"] * len(rows[0]))
+    for name, group in load(folder).items():
+        found = [numbers(run, known) for run in group]
+        lengths = [f"{run.lines[-1]['env_steps'] / 1e6:.2f}M" for run in group]
+        for run, length, row in zip(group, lengths, found, strict=True):
+            cells = [_number(value, digits) for value, digits in zip(row, DIGITS, strict=True)]
+            rows.append([name, str(run.fields["seed"]), length, *cells])
+        if len(group) > 1:
+            cells = [_mean(column, digits) for column, digits in zip(zip(*found, strict=True), DIGITS, strict=True)]
+            rows.append([name, "mean", lengths[0] if len(set(lengths)) == 1 else "-", *cells])
+    return _markdown(rows)
+
+
+def probes_table(folder: Path) -> str:
+    """A row per run and probed checkpoint: the error of each estimate."""
+    found, names = [], {}
+    for setting, group in load(folder).items():
+        for run in group:
+            for file in sorted(run.path.glob("probe-*.json"), key=lambda file: int(file.stem.split("-")[1])):
+                result = json.loads(file.read_text())
+                found.append((setting, run.fields["seed"], result))
+                names |= {one["name"]: None for one in result["estimates"] if one["name"] != probe.EXACT}
+    if not found:
+        raise runs.RunError(f"{folder}: none of its runs has been probed (python -m evidence.probe)")
+    columns = [*names, probe.EXACT]
+    rows = [["agent", "seed", "steps", "return", *columns], ["---"] * (4 + len(columns))]
+    for setting, seed, result in found:
+        errors = {one["name"]: one["rmse"] for one in result["estimates"]}
+        cells = [_number(errors.get(name, math.nan), 4) for name in columns]
+        steps, mean = f"{result['env_steps'] / 1e6:.2f}M", f"{result['mean_return']:.1f}"
+        rows.append([setting, str(seed), steps, mean, *cells])
+    return _markdown(rows)
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _mean(values: tuple[float, ...], digits: int) -> str:
+    """Mean ± standard error; nothing if a run has no value, so that all means are over all seeds."""
+    if any(math.isnan(value) for value in values):
+        return "-"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def generate(text: str, results: Path = RESULTS) -> str:
+    """A page's text with its tables made anew from the files below `results`.
+
+    Raises:
+        RunError: a comment names something that is not there, or does not end.
+    """
+    if len(BEGIN.findall(text)) != len(BLOCK.findall(text)):
+        raise runs.RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
+    stored = results / "references.json"
+    known = references.load(stored) if stored.exists() else []
+
+    def table(match: re.Match) -> str:
+        begin, name, probes, _, end = match.groups()
+        path = results / name
+        if path.suffix == ".json":
+            references.load(path)
+            made = references.table(json.loads(path.read_text()))
+        else:
+            made = probes_table(path) if probes else returns_table(path, known)
+        return f"{begin}{made}{end}"
+
+    return BLOCK.sub(table, text)
+
+
+def stale(pages: tuple[Path, ...] = PAGES, results: Path = RESULTS) -> list[Path]:
+    """Pages whose tables are not what the stored files say."""
+    return [page for page in pages if generate(page.read_text(), results) != page.read_text()]
+
+
+def main() -> int:
+    behind = stale()
+    for page in behind:
+        name = page.relative_to(ROOT)
+        if FLAGS.check:
+            print(f"{name}: tables differ from the stored files; python -m evidence.tables", file=sys.stderr)
+        else:
+            page.write_text(generate(page.read_text()))
+            print(name)
+    return 1 if behind and FLAGS.check else 0
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+    flags.DEFINE_boolean("check", False, "Change nothing; exit code 1 if a table differs.")
+    command_line.run(main, default.get_config())

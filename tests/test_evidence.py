@@ -1,0 +1,326 @@
+"""The tools of the evidence: the exact filter and the planners against versions written here, the probe, the tables."""
+
+import gzip
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from dvrl_jax import a2c, api, checkpoints, plotting, runs
+from dvrl_jax import config as config_lib
+from evidence import kalman, planner, probe, references, tables
+from tests import tiny
+from tests.test_mountain_hike import clipped, random_actions, surface
+
+# --- The exact filter ------------------------------------------------------------------------------------------------
+
+
+def particle_filter(obs, actions, sigma, rng, particles=100_000):
+    """Posterior means and variances [T, 2] by a bootstrap filter with the true model, resampled at every step."""
+    position = np.array([-0.85, -0.85]) + 0.1 * rng.standard_normal((particles, 2))
+    means, variances = [], []
+    for reading, action in zip(obs / 10.0, actions, strict=True):
+        log_weight = -0.5 * np.sum((reading - position) ** 2, axis=1) / sigma**2
+        weight = np.exp(log_weight - log_weight.max())
+        weight /= weight.sum()
+        means.append(weight @ position)
+        variances.append(weight @ (position - means[-1]) ** 2)
+        positions = (rng.random() + np.arange(particles)) / particles
+        chosen = np.minimum(np.searchsorted(np.cumsum(weight), positions), particles - 1)
+        position = position[chosen] + clipped(action) + 0.025 * rng.standard_normal((particles, 2))
+    return np.array(means), np.array(variances)
+
+
+@pytest.mark.parametrize("sigma", [0.15, 0.3])
+def test_the_exact_filter_agrees_with_many_particles(sigma):
+    rng = np.random.default_rng(0)
+    actions = random_actions(1, 15)  # Of up to three times the useful length.
+    noise = 0.025 * rng.standard_normal((15, 2))
+    moves = np.concatenate([np.zeros((1, 2)), np.cumsum(clipped(actions) + noise, axis=0)])[:-1]
+    position = np.array([-0.75, -1.0]) + moves
+    obs = 10 * (position + sigma * rng.standard_normal((15, 2)))
+    means, variances = particle_filter(obs, actions, sigma, rng)
+    exact = kalman.track(jnp.asarray(obs)[:, None], jnp.asarray(actions)[:, None], sigma)[:, 0]
+    np.testing.assert_allclose(exact, means, atol=0.003)
+    expected = kalman.schedule(sigma, 15).posterior
+    np.testing.assert_allclose(variances, np.stack([expected, expected], axis=1), rtol=0.05)
+
+
+def test_readings_without_noise_are_believed_and_the_blind_know_only_how_far_noise_has_led():
+    exact, blind = kalman.schedule(0.0, 4), kalman.schedule(math.inf, 4)
+    np.testing.assert_array_equal(exact.gain, 1.0)
+    np.testing.assert_array_equal(exact.posterior, 0.0)
+    np.testing.assert_array_equal(blind.gain, 0.0)
+    np.testing.assert_allclose(blind.posterior, 0.01 + 0.025**2 * np.arange(4))
+
+
+# --- The planners ----------------------------------------------------------------------------------------------------
+
+
+def two_steps(mean, sigma, directions, nodes=10):
+    """The best mean return of two steps from a belief after its reading, by quadrature over the noise, in NumPy."""
+    x, w = np.polynomial.hermite_e.hermegauss(nodes)
+    grid = np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 2)
+    weight = np.outer(w, w).reshape(-1) / (2 * np.pi)
+    angle = 2 * np.pi * np.arange(directions) / directions
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    actions = np.concatenate([np.zeros((1, 2)), 0.05 * circle, 0.025 * circle])
+    price = 0.1 * np.linalg.norm(actions, axis=1)
+    now = 0.01 * sigma**2 / (0.01 + sigma**2)
+    ahead = now + 0.025**2
+    known = ahead * sigma**2 / (ahead + sigma**2)
+    # First move; where the mean goes; second move, seen from each such mean.
+    second = mean + actions[:, None] + math.sqrt(ahead - known) * grid
+    reached = second[:, :, None] + actions
+    last = np.einsum("g,nmag->nma", weight, surface(reached[..., None, :] + math.sqrt(known + 0.025**2) * grid))
+    value = (last - price).max(axis=-1) @ weight
+    reward = surface(mean + actions[:, None] + math.sqrt(ahead) * grid) @ weight
+    return np.max(reward + value - price)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_a_plan_of_two_steps_is_the_best_that_quadrature_finds(sigma):
+    plan = planner.make_plan(sigma, 0.01, 4, steps=2)
+    for x, y in [(-0.385, -0.445), (-0.205, -0.695)]:
+        i, j = round((x + planner.EXTENT) / 0.01 - 0.5), round((y + planner.EXTENT) / 0.01 - 0.5)
+        assert plan.axis[i] == pytest.approx(x) and plan.axis[j] == pytest.approx(y)
+        value = planner.best_action_value(plan.outlook[0], plan.actions, 0.01)[i, j]
+        assert value == pytest.approx(two_steps(np.array([x, y]), sigma, 4), abs=0.01)
+
+
+def test_what_a_plan_without_choice_promises_is_what_standing_still_brings():
+    plan = planner.make_plan(0.3, 0.02, 0)
+    returns = references.play(references.stand_still, (), 0.3, kalman.schedule(0.3).gain, 1000, seed=0)
+    assert abs(returns.mean() - plan.value) < 4 * returns.std() / math.sqrt(1000)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return references.measure_all(0.05, 8, 1000, seed=0, finer=False)
+
+
+def test_references_keep_what_their_plans_promise_and_more_is_seen_more_is_reached(measured):
+    found = {(r["name"], r["observation_std"]): references.Reference(**r) for r in measured["references"]}
+    for one in found.values():
+        if one.planned is not None:  # These cells are coarse: 2 % of the way from the random policy's return.
+            assert one.mean == pytest.approx(one.planned, abs=4 * one.standard_error + 4)
+    order = [found["best without readings", None], *(found[references.BEST, noise] for noise in (0.3, 0.15))]
+    order.append(found[references.SIGHTED, None])
+    assert all(a.mean < b.mean and a.planned < b.planned for a, b in itertools.pairwise(order))
+    for noise in (0.15, 0.3):
+        guess = found["takes the exact filter's mean for the position", noise]
+        assert found["takes the last reading for the position", noise].mean < guess.mean
+        assert guess.mean < found[references.BEST, noise].mean + 3 * guess.standard_error
+
+
+def test_the_random_policy_earns_what_it_earns_in_numpy(measured):
+    rng = np.random.default_rng(0)
+    position = np.array([-0.85, -0.85]) + 0.1 * rng.standard_normal((4000, 2))
+    total = np.zeros(4000)
+    for _ in range(75):
+        action = rng.standard_normal((4000, 2))
+        position += clipped(action) + 0.025 * rng.standard_normal((4000, 2))
+        total += surface(position) - 0.1 * np.linalg.norm(action, axis=1)
+    (found,) = [r for r in measured["references"] if r["name"] == references.RANDOM]
+    error = math.hypot(found["standard_error"], total.std() / math.sqrt(4000))
+    assert abs(found["mean"] - total.mean()) < 4 * error < 15
+
+
+def test_shares_are_between_the_random_policy_and_the_best(measured, tmp_path):
+    (tmp_path / "references.json").write_text(json.dumps(measured))
+    known = references.load(tmp_path / "references.json")
+    named = {(r.name, r.observation_std): r.mean for r in known}
+    best, low = named[references.BEST, 0.3], named[references.RANDOM, None]
+    assert references.share(low, known, 0.3) == 0 and references.share(best, known, 0.3) == 1
+    assert references.share((low + best) / 2, known, 0.3) == pytest.approx(0.5)
+    assert references.share(named[references.SIGHTED, None], known, 0.0) == 1
+    assert math.isnan(references.share(best, known, 0.2))
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(runs.RunError, match=r"other\.json: not the references"):
+        references.load(tmp_path / "other.json")
+
+
+def test_references_are_shown_position_reading_and_mean_of_the_same_moment():
+    def choose(parameters, seen, key):
+        agree = (jnp.abs(seen.position - seen.reading) < 1e-5) & (jnp.abs(seen.position - seen.mean) < 1e-5)
+        return jnp.where(agree, 0.05, jnp.nan)
+
+    returns = references.play(choose, (), 0.0, kalman.schedule(0.0).gain, 20, seed=0)
+    assert returns.shape == (20,) and np.all(np.isfinite(returns))
+
+
+# --- The probe -------------------------------------------------------------------------------------------------------
+
+
+def test_ridge_regression_finds_a_linear_map_and_ignores_what_says_nothing():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([3 + 2 * rng.standard_normal((20, 60, 3)), np.full((20, 60, 1), 7.0)], axis=-1)
+    y = x[..., :3] @ rng.standard_normal((3, 2)) + 0.5
+    linear, penalty = probe.fit(x, y)
+    np.testing.assert_allclose(linear(x), y, atol=1e-4)
+    assert penalty == min(probe.PENALTIES)
+    # A unit that is saturated but for the last digits: nothing that the agent's heads could use.
+    saturated = 1 - 1e-6 * y
+    assert np.all(probe.fit(saturated, y)[0](saturated).std(axis=(0, 1)) < 0.01)
+    # Many features of noise: a small penalty would fit them.
+    noise = rng.standard_normal((4, 30, 100))
+    assert probe.fit(noise, rng.standard_normal((4, 30, 2)))[1] == max(probe.PENALTIES)
+
+
+def test_errors_are_per_coordinate_and_their_spread_is_that_of_episodes():
+    position = np.zeros((5, 2, 2))
+    estimate = np.zeros((5, 2, 2))
+    estimate[:, 0, 0], estimate[:, 1, 1] = 2.0, 4.0
+    found = probe.errors(estimate, position)
+    assert found["rmse_x"] == pytest.approx(math.sqrt(2)) and found["rmse_y"] == pytest.approx(math.sqrt(8))
+    assert found["rmse"] == pytest.approx(math.sqrt(5))
+    # Squared errors of the episodes 2 and 8: standard error 3, divided by 2 sqrt(5).
+    assert found["standard_error"] == pytest.approx(3 / (2 * math.sqrt(5)))
+
+
+def check_estimates(estimates, features):
+    """Bounds that hold for every agent; `features` are the numbers that are read out, by name."""
+    found = {one["name"]: one for one in estimates}
+    exact = found.pop(probe.EXACT)
+    # Only with positions, observations and actions of the same steps is the filter's error the one it expects.
+    expected = math.sqrt(kalman.schedule(0.3).posterior.mean())
+    assert abs(exact["rmse"] - expected) < 5 * exact["standard_error"]
+    assert abs(found["last reading"]["rmse"] - 0.3) < 5 * found["last reading"]["standard_error"]
+    assert all(exact["rmse"] < one["rmse"] for one in found.values())
+    assert found["last reading, regressed"]["rmse"] < found["constant mean"]["rmse"]
+    baselines = {"constant mean", "mean of the step", "last reading", "last reading, regressed"}
+    assert features == {name: one.get("features") for name, one in found.items() if name not in baselines}
+
+
+def test_the_probe_compares_an_rnns_state_with_the_exact_filter():
+    config = config_lib.finalise(tiny.tiny_hike("rnn"))
+    env = api.make_env(config, num_envs=200)
+    played = probe.play(api.make_agent(config, env), env, jax.random.PRNGKey(0))
+    check_estimates(probe.estimates(played, 0.3), {"state h": 8})
+
+
+def test_the_probe_restores_plays_prints_and_stores(tmp_path, monkeypatch, capsys):
+    config = config_lib.finalise(tiny.tiny_hike("dvrl"))
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    state = a2c.make_learner(config, api.make_env(config)).init(jax.random.PRNGKey(0))
+    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1)
+    saver.save(state._replace(update=jnp.int32(20)), True, -250.0, {})
+    saver.wait()
+    flags = {"workdir": str(tmp_path), "episodes": 200, "checkpoint": "best", "seed": 1}
+    monkeypatch.setattr(probe, "FLAGS", SimpleNamespace(**flags))
+    assert probe.main() == 0
+    text = capsys.readouterr().out
+    assert "checkpoint of update 20, noise 0.3" in text and "on 100 held-out episodes" in text
+    result = json.loads((tmp_path / "probe-20.json").read_text())
+    assert (result["update"], result["env_steps"], result["held_out"]) == (20, 400, 100)
+    assert -420 < result["mean_return"] < -340  # Of the untrained policy.
+    features = {probe.HEADS: 8, "particles' mean [h, phi_z]": 16, "particles' mean z": 5, "reconstruction": None}
+    check_estimates(result["estimates"], features)
+    for one in result["estimates"]:
+        assert f"| {one['name']} | {one.get('features', '-')} | " in text
+        assert f" | {one['rmse_x']:.4f} | {one['rmse_y']:.4f} | " in text
+
+
+def test_a_state_that_holds_the_position_is_read_out_exactly():
+    position = np.random.default_rng(0).uniform(-1, 1, (10, 20, 2)).astype(np.float32)
+    zeros = np.zeros((10, 20, 2), np.float32)
+    reward = np.zeros((10, 20))
+    played = probe.Episodes(position, zeros, zeros, reward, {"state h": np.tanh(position) @ np.ones((2, 2))}, None)
+    knows = played._replace(features={"state h": position[..., ::-1] * 3 - 1})
+    error = lambda played: {one["name"]: one["rmse"] for one in probe.estimates(played, 0.3)}["state h"]
+    assert error(knows) < 1e-4
+    assert error(played) > 0.2  # This state holds but the sum of both coordinates.
+
+
+def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
+    def refused(message, **fields):
+        config = config_lib.finalise(tiny.tiny_hike("rnn", **fields))
+        (tmp_path / "config.json").write_text(config_lib.to_json(config))
+        with pytest.raises(runs.RunError, match=message):
+            probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
+
+    with pytest.raises(runs.RunError, match="holds no run"):
+        probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
+    refused("is a run of Pong; only Mountain Hike", env__name="Pong", model__channels=(8, 8, 8))
+    refused("has blank observations", env__p_blank=0.5)
+    refused("no checkpoint 'best'")
+    assert [path.name for path in tmp_path.glob("probe*")] == []
+
+
+# --- The tables ------------------------------------------------------------------------------------------------------
+
+
+def write_run(path, algorithm, seed, returns, encoding=None, **fields):
+    """A run with a line every 400,000 steps, metrics compressed."""
+    path.mkdir(parents=True)
+    fields |= {"algorithm": algorithm, "env.name": "MountainHike", "env.observation_std": 0.3, "seed": seed}
+    (path / "config.json").write_text(json.dumps(fields))
+    lines = []
+    for i, value in enumerate(returns):
+        line = {"update": i + 1, "env_steps": 400_000 * (i + 1), "result.true": value}
+        lines.append(line | {"loss.encoding": encoding[i] if encoding else 0.0})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+
+
+def test_tables_hold_what_the_files_say(tmp_path):
+    write_run(tmp_path / "hike" / "a", "rnn", 1, [-250.0, -240.0, -200.0, -190.0, -180.0, -170.0])
+    write_run(tmp_path / "hike" / "b", "rnn", 0, [-250.0, -240.0, -210.0, None, -160.0, -150.0])
+    write_run(tmp_path / "hike" / "c", "dvrl", 0, [-250.0, -240.0, -230.0], [12.0, 9.0, 5.5])
+    known = [("random", None, -250.0), ("best with readings", 0.3, -50.0)]
+    known = [references.Reference(name, noise, mean, 1.0, None)._asdict() for name, noise, mean in known]
+    (tmp_path / "references.json").write_text(json.dumps({"references": known}))
+    page = "before\n<!-- table: hike -->\nold\n<!-- end -->\nafter\n"
+    made = tables.generate(page, tmp_path)
+    assert made.splitlines()[4:-2] == [
+        "| RNN | 0 | 2.40M | -210.0 | -160.0 | -150.0 | 0.50 | - | - |",
+        "| RNN | 1 | 2.40M | -200.0 | -180.0 | -170.0 | 0.40 | - | - |",
+        "| RNN | mean | 2.40M | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | 0.45 ± 0.05 | - | - |",
+        "| DVRL | 0 | 1.20M | -230.0 | - | -230.0 | 0.10 | 5.50 | 12.00 |",
+    ]
+    assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n") and "old" not in made
+    assert tables.generate(made, tmp_path) == made
+    (tmp_path / "page.md").write_text(made)
+    assert tables.stale((tmp_path / "page.md",), tmp_path) == []
+    (tmp_path / "page.md").write_text(made.replace("-205.0", "-204.0"))
+    assert tables.stale((tmp_path / "page.md",), tmp_path) == [tmp_path / "page.md"]
+
+
+def test_settings_have_rows_of_their_own_and_probes_a_table(tmp_path):
+    for count in (1, 10):
+        fields = {"model.num_particles": count}
+        write_run(tmp_path / "hike" / str(count), "dvrl", 0, [-250.0], [5.0], **fields)
+    result = {"env_steps": 400_000, "mean_return": -240.04}
+    result["estimates"] = [{"name": probe.EXACT, "rmse": 0.1}, {"name": "last reading", "rmse": 0.3}]
+    (tmp_path / "hike" / "10" / "probe-5.json").write_text(json.dumps(result))
+    returns, probes = (tables.generate(f"<!-- table: hike{x} -->\n<!-- end -->", tmp_path) for x in ("", " probes"))
+    assert "| DVRL, model.num_particles=1 | 0 |" in returns and "| DVRL, model.num_particles=10 | 0 |" in returns
+    assert probes.splitlines()[1:-1] == [
+        "| agent | seed | steps | return | last reading | exact filter |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| DVRL, model.num_particles=10 | 0 | 0.40M | -240.0 | 0.3000 | 0.1000 |",
+    ]
+
+
+def test_a_table_that_cannot_be_made_is_refused(tmp_path):
+    with pytest.raises(runs.RunError, match="nothing: holds no runs"):
+        tables.generate("<!-- table: nothing -->\n<!-- end -->\n", tmp_path)
+    with pytest.raises(runs.RunError, match="has no '<!-- end -->'"):
+        tables.generate("<!-- table: nothing -->\n", tmp_path)
+
+
+def test_compressed_metrics_are_read_and_a_damaged_file_is_named(tmp_path):
+    write_run(tmp_path / "1", "rnn", 0, [-250.0, None])
+    assert [line["result.true"] for line in plotting.load_run(tmp_path / "1").lines] == [-250.0, None]
+    file = tmp_path / "1" / "metrics.jsonl.gz"
+    whole = file.read_bytes()
+    for damaged in (whole[:-20], b"no gzip", whole[:20] + b"\xff\xff\xff" + whole[23:]):
+        file.write_bytes(damaged)
+        with pytest.raises(runs.RunError, match=r"metrics\.jsonl\.gz: cannot be read"):
+            runs.read_metrics(tmp_path / "1")
