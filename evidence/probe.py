@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import a2c, command_line, compilation, envs, evaluation, runs
+from dvrl_jax import command_line, envs, evaluation, playing, runs
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.agents import Agent, bind
-from dvrl_jax.agents.base import Prediction
+from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
 from dvrl_jax.envs import mountain_hike as hike
 from evidence import kalman
@@ -66,32 +64,18 @@ def features_of(agent: Agent, belief: Any) -> dict[str, Array]:
 
 def play(agent: Agent, env: Environment, key: Array) -> Episodes:
     """Plays one episode in each of the environments, actions sampled as in training."""
-    graphdef, weights = nnx.split(agent)
-    reset_key, draw_key = jax.random.split(key)
 
-    def step(actor: a2c.Actor, key: Array):
-        player = bind(graphdef, weights)
-        belief_key, action_key, predict_key = jax.random.split(key, 3)
-        draws = jax.tree.map(lambda x: x[0], player.draw(belief_key, 1, env.num_envs))
-        h_prev = player.restart(actor.belief, actor.fresh).h
-        belief, info, prev_action = a2c.observe(player, actor, draws)
-        action = player.heads(belief)[0].sample(seed=action_key)
-        last = Prediction(belief, h_prev, info.trace, prev_action)
-        state = env.step(actor.env, action)
-        seen = Episodes(
-            position=env.view(actor.env),
-            obs=actor.env.obs,
-            action=action,
-            reward=state.true_reward,
-            features=features_of(player, belief),
-            reconstruction=player.predict(last, (0,), predict_key).get(0),
+    def keep(agent: Agent, turn: playing.Turn, key: Array) -> Episodes:
+        return Episodes(
+            position=env.view(turn.before),
+            obs=turn.before.obs,
+            action=turn.action,
+            reward=turn.after.true_reward,
+            features=features_of(agent, turn.last.belief),
+            reconstruction=agent.predict(turn.last, (0,), key).get(0),
         )
-        return a2c.Actor(state, belief, player.action_vector(action), state.done), seen
 
-    with compilation.cached(env.restorable):
-        program = jax.jit(lambda actor, keys: jax.lax.scan(step, actor, keys)[1])
-        keys = jax.random.split(draw_key, hike.EPISODE_LENGTH)
-        return jax.tree.map(np.asarray, program(a2c.first_actor(agent, env.reset(reset_key)), keys))
+    return next(playing.play(agent, env, key, keep, steps_per_call=hike.EPISODE_LENGTH))
 
 
 # --- Regression ------------------------------------------------------------------------------------------------------
