@@ -59,12 +59,12 @@ def measure(experiment: Experiment) -> float:
 def show(chosen: list[Experiment], root: Path) -> None:
     """Prints the experiments, how far they are, and the hours that the rest would take."""
     speeds, total, unknown = experiments.Speeds(root), 0.0, 0
+    for experiment in chosen if MEASURE.value else ():  # First all of it, so that the table stays in one piece.
+        if speeds.get(experiment)[0] is None:
+            speeds.add(experiment, measure(experiment))
     print(f"{'experiment':32} {'steps':>12} {'done':>6} {'steps/s':>9} {'hours left':>11}  speed from")
     for experiment in chosen:
         speed, source = speeds.get(experiment)
-        if speed is None and MEASURE.value:
-            speeds.add(experiment, measure(experiment))
-            speed, source = speeds.get(experiment)
         steps, left, done = steps_of(experiment), 0, 0
         for seed in range(SEEDS.value):
             line = experiments.last_line(experiments.workdir(root, experiment, seed))
