@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.recording import Recording
@@ -61,6 +62,8 @@ class HikePainter:
         believed = belief_positions(recording)
         if believed is not None:
             (guess,) = axis.plot([], [], "+", color=BELIEF, markersize=13, markeredgewidth=2.5, label="belief's mean")
+            # With a dark edge: it usually lies on particles.
+            guess.set_path_effects([withStroke(linewidth=5, foreground="black")])
         _legend(axis, skip=() if recording.particles is not None else ("particles (area: weight)",))
         title = axis.set_title("")
         cursors = _curves(side, recording)
