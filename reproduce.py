@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -21,6 +22,7 @@ STEPS = flags.DEFINE_integer("steps", None, "Environment steps per run, instead 
 ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the table and the figures go.")
 
 HERE = Path(__file__).resolve().parent
+MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
 
 
 def train(arguments: list[str]) -> int:
@@ -42,29 +44,38 @@ def steps_of(experiment: Experiment) -> int:
 
 
 def measure(experiment: Experiment) -> float:
-    """Steps per second over the second and third window of a short run, without compilation."""
+    """Steps per second in the last two thirds of a short run, without compilation."""
     config = experiments.load_config(experiment)
-    window = config.bptt_segments
-    steps = 3 * window * config.num_envs * config.num_steps
+    # Whole windows, so that each third has all lengths of backpropagation; at least 10 updates.
+    interval = -(-10 // config.bptt_segments) * config.bptt_segments
+    while True:
+        lines = _short_run(experiment, interval, 3 * interval * config.num_envs * config.num_steps)
+        steps, seconds = (lines[-1][name] - lines[0][name] for name in ("env_steps", "wall_time"))
+        if seconds >= MEASURED_SECONDS:
+            return steps / seconds
+        interval *= 10
+
+
+def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[str, Any]]:
+    """The metrics of a run that leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"--config.total_env_steps={steps}", f"--config.log.interval={window}"]
+        settings = [f"--config.total_env_steps={steps}", f"--config.log.interval={interval}"]
         settings += ["--config.checkpoint.interval=0", "--config.log.tensorboard=False", f"--workdir={folder}/run"]
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
         if train([*experiment.arguments(), *settings]):
             raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
-        lines = runs.read_metrics(Path(folder) / "run")
-    return sum(line["obs.fps"] for line in lines[1:]) / len(lines[1:])
+        return runs.read_metrics(Path(folder) / "run")
 
 
 def show(chosen: list[Experiment], root: Path) -> None:
     """Prints the experiments, how far they are, and the hours that the rest would take."""
     speeds, total, unknown = experiments.Speeds(root), 0.0, 0
+    for experiment in chosen if MEASURE.value else ():  # First all of it, so that the table stays in one piece.
+        if speeds.get(experiment)[0] is None:
+            speeds.add(experiment, measure(experiment))
     print(f"{'experiment':32} {'steps':>12} {'done':>6} {'steps/s':>9} {'hours left':>11}  speed from")
     for experiment in chosen:
         speed, source = speeds.get(experiment)
-        if speed is None and MEASURE.value:
-            speeds.add(experiment, measure(experiment))
-            speed, source = speeds.get(experiment)
         steps, left, done = steps_of(experiment), 0, 0
         for seed in range(SEEDS.value):
             line = experiments.last_line(experiments.workdir(root, experiment, seed))

@@ -39,7 +39,7 @@ class Logger(abc.ABC):
 class TensorBoard(Logger):
     """Event files in the run's folder `tensorboard/`, under the names of metrics.jsonl."""
 
-    def __init__(self, run: runs.RunDirectory):
+    def __init__(self, run: runs.RunDirectory, config: ConfigDict):
         from tensorboardX import SummaryWriter
 
         folder = run.path / "tensorboard"
@@ -51,7 +51,7 @@ class TensorBoard(Logger):
                 self.line(line)
         for update in reconstructions.saved_updates(run.path):
             arrays = reconstructions.load(run.path, update)
-            picture = reconstructions.picture(arrays)
+            picture = reconstructions.picture(config.env.name, arrays)
             if picture is not None:
                 self.image("reconstructions", picture, int(arrays["env_steps"]))
 
@@ -109,7 +109,7 @@ class Loggers(Logger):
         with contextlib.ExitStack() as opened:
             self._loggers: list[Logger] = []
             if config.log.tensorboard:
-                self._add(TensorBoard(run), opened)
+                self._add(TensorBoard(run, config), opened)
             if config.log.wandb:
                 self._add(WeightsAndBiases(run, config), opened)
             self._close = opened.pop_all()

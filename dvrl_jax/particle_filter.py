@@ -107,9 +107,9 @@ def elbo(log_weights: Array) -> Array:
     return jax.nn.logsumexp(log_weights, axis=-1) - math.log(log_weights.shape[-1])
 
 
-def effective_sample_size(log_weights: Array) -> Array:
-    """1 / sum_k w_k^2 of the normalised weights [B, K]: between 1 (one particle has it all) and K; returns [B]."""
-    return 1.0 / jnp.sum(jnp.square(normalised_weights(log_weights)), axis=-1)
+def effective_sample_size(weights: Array) -> Array:
+    """1 / sum_k w_k^2 of normalised weights [..., K]: between 1 (one particle has it all) and K; returns [...]."""
+    return 1.0 / jnp.sum(jnp.square(weights), axis=-1)
 
 
 def weighted_mean(values: Array, log_weights: Array) -> Array:

@@ -97,13 +97,14 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
         series.append((steps[kept], _smoothed(values[kept], smooth)))
     if len(series) == 1:
         return Curve(label, *series[0], None)
+    label = f"{label} ({len(series)} seeds)"
     series = [(x, y) for x, y in series if x.size]
     if not series:  # No value yet, such as a return before any episode has ended.
         return Curve(label, np.array([]), np.array([]), None)
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
     values = np.stack([np.interp(grid, x, y) for x, y in series])
-    return Curve(f"{label} ({len(series)} seeds)", grid, values.mean(0), values.std(0, ddof=1))
+    return Curve(label, grid, values.mean(0), values.std(0, ddof=1))
 
 
 def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
@@ -115,10 +116,10 @@ def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
 def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
     """One panel per metric against environment steps; bands are one standard deviation over seeds."""
     groups = group_runs(loaded)
-    figure = Figure(figsize=(7.0, 3.6 * len(metrics)))
+    figure = Figure(figsize=(7.0, 3.5 * len(metrics) + 0.25 * len(groups) + 0.4), layout="constrained")
     axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)
+    has_band = False
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        has_band = False
         for index, (label, group) in enumerate(groups.items()):
             line = curve(label, group, metric, smooth)
             axis.plot(line.steps / 1e6, line.mean, color=f"C{index}", label=line.label)
@@ -128,8 +129,14 @@ def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
                 axis.fill_between(line.steps / 1e6, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
         axis.set_ylabel(f"{metric}\n{UNITS.get(metric, UNITS.get(metric.split('.')[0], ''))}")
         axis.grid(alpha=0.3)
-        title = "band: one standard deviation over seeds" if has_band else None
-        axis.legend(title=title, title_fontsize="small", fontsize="small")
     axes[-1, 0].set_xlabel("environment steps (millions)")
-    figure.tight_layout()
+    # One legend for all panels, above them, where it hides nothing.
+    title = "band: one standard deviation over seeds" if has_band else None
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside upper left",
+        title=title,
+        title_fontsize="small",
+        fontsize="small",
+    )
     return figure

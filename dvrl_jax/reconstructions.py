@@ -21,7 +21,7 @@ from dvrl_jax.agents import bind
 Array = jax.Array
 
 FOLDER = "reconstructions"
-MAX_ROWS = 4  # Environments that the picture shows.
+MAX_SHOWN = 4  # Environments in a picture.
 KEY = 0x5EED  # Sets these draws apart from those of training.
 
 
@@ -49,10 +49,14 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
 def to_storage(values: dict[str, Array]) -> dict[str, np.ndarray]:
     """Arrays on the host, images [B, h, w, c] as uint8."""
     arrays = {name: np.asarray(value) for name, value in values.items()}
-    for name, array in arrays.items():
-        if array.ndim == 4 and array.dtype != np.uint8:
-            arrays[name] = np.round(255 * np.clip(array, 0.0, 1.0)).astype(np.uint8)
-    return arrays
+    return {name: to_uint8(array) if array.ndim == 4 else array for name, array in arrays.items()}
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images of any shape as uint8; floating point ones are taken as 0..1, and cut off there."""
+    if images.dtype == np.uint8:
+        return images
+    return np.round(255 * np.clip(images, 0.0, 1.0)).astype(np.uint8)
 
 
 def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:
@@ -86,11 +90,16 @@ def rewind(path: Path, update: int) -> None:
             shutil.rmtree(path / FOLDER / str(later))
 
 
-def picture(arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-    """A row per environment, left to right the observation and predictions by time; None unless they are images."""
-    if arrays["observation"].ndim != 4:
+def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The stored arrays of the first environments as a picture, uint8 [height, width, 1 or 3].
+
+    `name` is what configurations call the environment; None if nobody knows how to draw it.
+    """
+    from dvrl_jax import pictures  # Takes a moment to import, and most runs draw nothing.
+
+    observation = arrays["observation"][:MAX_SHOWN]
+    painter = pictures.find_painter(name, is_image=observation.ndim == 4)
+    if painter is None:
         return None
-    times = sorted(int(name.removeprefix("prediction_")) for name in arrays if name.startswith("prediction_"))
-    columns = [arrays["observation"], *(arrays[f"prediction_{dt}"] for dt in times)]
-    padded = [np.pad(x[:MAX_ROWS], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
-    return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)
+    times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))
+    return painter.predictions(observation, {dt: arrays[f"prediction_{dt}"][:MAX_SHOWN] for dt in times})

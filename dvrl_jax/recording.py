@@ -1,4 +1,4 @@
-"""One game with everything a picture of the belief needs, step by step. Drawing it is in `pictures`."""
+"""One game with everything a picture of the belief needs, step by step. Drawing it is in `pictures/`."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -47,8 +47,8 @@ class Recording(NamedTuple):
 
     @property
     def effective_sample_size(self) -> np.ndarray:
-        """[T], between 1 and K: 1 / sum_k w_k^2."""
-        return 1.0 / np.sum(np.square(self.weights), axis=-1)
+        """[T], between 1 and K (see `particle_filter`)."""
+        return np.asarray(pf.effective_sample_size(self.weights))
 
 
 def particles_alone(agent: Agent, last: Prediction, key: Array) -> Array:

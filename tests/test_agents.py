@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.random import fold_in
 
 from dvrl_jax import a2c
 from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents import DVRL, Inputs, bind
 from dvrl_jax.agents.base import Prediction
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.original_weights import from_original
@@ -64,24 +66,62 @@ def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fiel
         assert kind == "vector" or (image.min() >= 0 and image.max() <= 1)
 
 
-def predict(agent, env, times=(0, 2, 3)):
-    """Predictions after one observation."""
+def after_one_observation(agent, env):
     belief = agent.initial(NUM_ENVS)
     action = agent.initial_action(NUM_ENVS)
     inputs = agent.encode(env.obs[0], action)
     draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(1), 1, NUM_ENVS))
     after, info = agent.update(belief, inputs, env.obs[0], draws)
-    return agent.predict(Prediction(after, belief.h, info.trace, action), times, jax.random.PRNGKey(2))
+    return Prediction(after, belief.h, info.trace, action)
+
+
+def predict(agent, env, times=(0, 2, 3)):
+    """Predictions after one observation."""
+    return agent.predict(after_one_observation(agent, env), times, jax.random.PRNGKey(2))
+
+
+def dream(agent, last, steps, key):
+    """Observations expected 1 .. `steps` steps ahead, written out step by step."""
+    h, inputs, found = last.belief.h, Inputs(None, agent.encode_action(last.prev_action)), []
+    for dt in range(1, steps + 1):
+        if isinstance(agent, DVRL):
+            mean, var = agent.prior_of(h, inputs)
+            phi_z = jax.nn.relu(agent.phi_z(z=mean + jnp.sqrt(var) * jax.random.normal(fold_in(key, dt), mean.shape)))
+            found.append(agent.expected_observation(phi_z, h, inputs, last.belief.log_weight))
+            h = agent.recur(h, phi_z, agent.encode(found[-1], last.prev_action).drive)
+        else:
+            found.append(agent.emission_mean(agent.emission_of(h, inputs)))
+            h = agent.transition(h, agent.encode(found[-1], last.prev_action), ()).h
+    return found
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "fields"), [("dvrl", {}), ("rnn", {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5})]
+)
+def test_predictions_are_those_of_the_steps_written_out(algorithm, fields):
+    env, key = recording("vector", True), jax.random.PRNGKey(2)
+    config = tiny_config(algorithm, model__batch_norm=True, **fields)
+    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    graphdef, weights = nnx.split(agent)
+
+    @jax.jit
+    def both(weights):
+        agent = bind(graphdef, weights)
+        last = after_one_observation(agent, env)
+        return agent.predict(last, (0, 1, 4), key), dream(agent, last, 4, key)
+
+    predicted, expected = both(weights)
+    for dt in (1, 4):
+        np.testing.assert_allclose(predicted[dt], expected[dt - 1], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(expected[0], expected[3], atol=1e-3)
 
 
 def test_prediction_zero_is_the_weighted_reconstruction():
     env = recording("vector", True)
     agent = a2c.make_agent(tiny_config("dvrl"), env, jax.random.PRNGKey(0))
-    belief, action = agent.initial(NUM_ENVS), agent.initial_action(NUM_ENVS)
-    inputs = agent.encode(env.obs[0], action)
-    draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(1), 1, NUM_ENVS))
-    after, info = agent.update(belief, inputs, env.obs[0], draws)
-    mean, _ = agent.emission_of(after.phi_z, pf.resample(belief.h, info.trace.ancestors), inputs)
+    after, h_prev, trace, action = after_one_observation(agent, env)
+    inputs = Inputs(None, agent.encode_action(action))
+    mean, _ = agent.emission_of(after.phi_z, pf.resample(h_prev, trace.ancestors), inputs)
     weights = np.asarray(jax.nn.softmax(after.log_weight, axis=-1))
     expected = np.sum(weights[..., None] * np.asarray(mean).reshape(NUM_ENVS, -1, 2), axis=1)
     np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """The Python API: what is offered exists, works in a program, and the notebook runs from top to bottom."""
 
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -52,3 +54,16 @@ def test_the_notebook_runs(monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert any("mean distance to the true position" in output.get("text", "") for output in outputs)
+
+
+def test_the_stored_notebook_shows_its_figures_and_nothing_of_where_it_ran():
+    path = ROOT / "examples" / "mountain_hike.ipynb"
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert path.stat().st_size < 300_000
+    for output in outputs:
+        text = json.dumps({"text": output.get("text"), "plain": output.get("data", {}).get("text/plain")})
+        assert output["output_type"] != "error" and output.get("name") != "stderr"
+        assert not re.search(r"/\w+/|\b0x[0-9a-f]+", text), text  # Paths and addresses.

@@ -1,13 +1,13 @@
 """What is logged besides metrics.jsonl says the same as it, once, and changes nothing in what is learned."""
 
-import builtins
 import struct
+import sys
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from configs import default
+from configs import atari_dvrl, default
 from dvrl_jax import config as config_lib
 from dvrl_jax import loggers, reconstructions, runs
 from tests.test_resume import STEPS_PER_UPDATE, checkpoint_arrays
@@ -37,7 +37,10 @@ def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
     expected = {}
     for line in runs.read_metrics(tmp_path / "run"):
         expected |= {(name, line["env_steps"]): value for name, value in loggers.numbers(line).items()}
-    found = events(tmp_path / "run")
+    everything = events(tmp_path / "run")
+    drawn = [(name, step) for name, step, value in everything if value is None]
+    assert drawn == [("reconstructions", update * STEPS_PER_UPDATE) for update in (12, 24, 36, 48)]
+    found = [event for event in everything if event[2] is not None]
     assert len(found) == len(expected) == len({(name, step) for name, step, _ in found})
     for name, step, value in found:
         np.testing.assert_allclose(value, expected[name, step], rtol=1e-6)
@@ -70,12 +73,12 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
         reconstructions.save(tmp_path, update, stored)
     reconstructions.rewind(tmp_path, 10)
     assert reconstructions.saved_updates(tmp_path) == [5, 10]
-    picture = reconstructions.picture(stored)
+    picture = reconstructions.picture("Pong", stored)
     assert picture.shape == (4 * 10, 3 * 10, 1)
     np.testing.assert_array_equal(picture[1:9, 1:9], images["observation"][0])
     np.testing.assert_allclose(picture[11:19, 21:29] / 255.0, images["prediction_10"][1], atol=0.5 / 255 + 1e-6)
     for _ in range(2):
-        loggers.TensorBoard(run).close()
+        loggers.TensorBoard(run, atari_dvrl.get_config("Pong")).close()
         assert [(name, step) for name, step, _ in events(tmp_path)] == [
             ("reconstructions", 400),
             ("reconstructions", 800),
@@ -84,14 +87,7 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
 
 
 def test_wandb_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # As if it were not installed.
     with pytest.raises(config_lib.ConfigError, match=r"extra 'wandb'"):
         train(tmp_path / "run", tiny_hike("rnn"), log__wandb=True)
     assert not (tmp_path / "run").exists()

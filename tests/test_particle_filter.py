@@ -277,7 +277,8 @@ def test_normalised_weights_of_unnormalised_logs(offset):
 def test_effective_sample_size():
     log_weights = np.array([np.log([2, 1, 1]), [0.7] * 3, [0.0, -np.inf, -np.inf]], np.float32)
     # 1 / (1/4 + 1/16 + 1/16) = 8/3; all equal: K; all in one: 1.
-    np.testing.assert_allclose(pf.effective_sample_size(log_weights), [8 / 3, 3, 1], rtol=1e-6)
+    sizes = pf.effective_sample_size(pf.normalised_weights(log_weights))
+    np.testing.assert_allclose(sizes, [8 / 3, 3, 1], rtol=1e-6)
 
 
 def test_weighted_mean_uses_each_environments_own_weights():

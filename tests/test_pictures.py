@@ -1,6 +1,6 @@
 """Pictures show what happened: true frames behind blank observations, the belief step by step, the right way up."""
 
-import builtins
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,20 @@ def test_a_hike_becomes_an_animation_and_a_still(hike_recording, tmp_path):
     assert painter.still(blind).shape[0] > 300 and len(list(painter.frames(blind))) == 4
 
 
+def test_predictions_of_hikes_are_drawn_where_they_are():
+    readings, centre = np.full((4, 2), -5.0), np.zeros((4, 2))
+    up = centre.copy()
+    up[1] = (0.0, 9.0)  # Of the environment at the top right, in units of readings.
+    painter = pictures.HikePainter()
+    before, after = (painter.predictions(readings, {0: centre, 3: where}) for where in (centre, up))
+    rows, columns = np.nonzero(np.any(before != after, axis=-1))
+    height, width, _ = before.shape
+    assert rows.max() < 0.4 * height and columns.min() > 0.4 * width
+    assert rows.max() - rows.min() > 0.05 * height > columns.max() - columns.min()  # From the centre upwards.
+    assert painter.predictions(readings[:1], {0: centre[:1]}).shape[-1] == 3
+    assert pictures.find_painter("something with vectors", is_image=False) is None
+
+
 def test_frames_show_the_game_beside_what_the_agent_got():
     r, painter = frames_recording(), pictures.FramePainter()
     frames = list(painter.frames(r))
@@ -117,14 +131,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, m
         pictures.check_path(tmp_path / "x.avi")
     with pytest.raises(runs.RunError, match="no directory"):
         pictures.check_path(tmp_path / "nowhere" / "x.gif")
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name == "imageio_ffmpeg":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # As if it were not installed.
     with pytest.raises(runs.RunError, match=r"extra 'video'"):
         pictures.check_path(tmp_path / "x.mp4")
 

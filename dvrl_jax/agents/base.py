@@ -18,6 +18,7 @@ An agent is an NNX module with these verbs (shapes: `B` environments, `A` action
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -231,3 +232,21 @@ class Agent(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Expected observations {dt: [B, ...]} for each dt in `times`: 0 is the reconstruction of the last one."""
+
+    def look_ahead(
+        self, step: Callable[["Agent", Array, Array], tuple[Array, Array]], h: Array, times: tuple[int, ...]
+    ) -> dict[int, Array]:
+        """The part of `predict` after the reconstruction: a loop, so that its length does not matter to the compiler.
+
+        Args:
+            step: of (agent, h, dt), returns the next h and the observation [B, ...] expected dt steps ahead.
+            h: recurrent state after the last observation. times: as for `predict`.
+        Returns:
+            {dt: [B, ...]} for each dt > 0 in `times`.
+        """
+        last = max(times, default=0)
+        if last == 0:
+            return {}
+        graphdef, state = nnx.split(self)
+        _, expected = jax.lax.scan(lambda h, dt: step(bind(graphdef, state), h, dt), h, jnp.arange(1, last + 1))
+        return {dt: expected[dt - 1] for dt in times if dt > 0}

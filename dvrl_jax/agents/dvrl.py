@@ -182,16 +182,15 @@ class DVRL(Agent):
         if 0 in times:
             h_prev = last.h_prev if last.trace.ancestors is None else pf.resample(last.h_prev, last.trace.ancestors)
             predictions[0] = self.expected_observation(belief.phi_z, h_prev, inputs, belief.log_weight)
-        h = belief.h
-        for dt in range(1, max(times, default=0) + 1):
-            mean, var = self.prior_of(h, inputs)
+
+        def step(agent: DVRL, h: Array, dt: Array) -> tuple[Array, Array]:
+            mean, var = agent.prior_of(h, inputs)
             noise = jax.random.normal(jax.random.fold_in(key, dt), mean.shape)
-            phi_z = jax.nn.relu(self.phi_z(z=pf.sample_normal(mean, var, noise)))
-            expected = self.expected_observation(phi_z, h, inputs, belief.log_weight)
-            if dt in times:
-                predictions[dt] = expected
-            h = self.recur(h, phi_z, self.encode(expected, last.prev_action).drive)
-        return predictions
+            phi_z = jax.nn.relu(agent.phi_z(z=pf.sample_normal(mean, var, noise)))
+            expected = agent.expected_observation(phi_z, h, inputs, belief.log_weight)
+            return agent.recur(h, phi_z, agent.encode(expected, last.prev_action).drive), expected
+
+        return predictions | self.look_ahead(step, belief.h, times)
 
     def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:
         """The emission's mean, averaged over the particles by their weights: [B, ...]."""

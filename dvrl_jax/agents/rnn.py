@@ -101,10 +101,10 @@ class RNN(Agent):
         predictions = {}
         if 0 in times:
             predictions[0] = self.emission_mean(self.emission_of(last.h_prev, inputs))
-        h = last.belief.h
-        for dt in range(1, max(times, default=0) + 1):
-            expected = self.emission_mean(self.emission_of(h, inputs))
-            if dt in times:
-                predictions[dt] = expected
-            h = self.transition(h, self.encode(expected, last.prev_action), ()).h
-        return predictions
+
+        def step(agent: RNN, h: Array, dt: Array) -> tuple[Array, Array]:
+            del dt
+            expected = agent.emission_mean(agent.emission_of(h, inputs))
+            return agent.transition(h, agent.encode(expected, last.prev_action), ()).h, expected
+
+        return predictions | self.look_ahead(step, last.belief.h, times)

@@ -1,4 +1,4 @@
-"""Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still.
+"""Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still; and predictions.
 
 An environment's picture is a `Painter`. `PAINTERS` names those of particular environments; any other environment with
 image observations gets `FramePainter`. Nothing here needs a display.
@@ -31,9 +31,19 @@ class Painter(Protocol):
     def still(self, recording: Recording) -> np.ndarray:
         """One picture of the whole recording, uint8 [height, width, 3]."""
 
+    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
+        """Observations [B, ...] and what is expected dt steps later, {dt: [B, ...]}, uint8 [height, width, 1 or 3]."""
+
 
 # Painters by the name that configurations give the environment.
 PAINTERS: dict[str, type[Painter]] = {"MountainHike": HikePainter}
+
+
+def find_painter(name: str, is_image: bool) -> Painter | None:
+    """The painter of the environment that configurations call `name`; None if there is none."""
+    if name in PAINTERS:
+        return PAINTERS[name]()
+    return FramePainter() if is_image else None
 
 
 def painter_for(name: str, env: Environment) -> Painter:
@@ -42,11 +52,10 @@ def painter_for(name: str, env: Environment) -> Painter:
     Raises:
         RunError: there is none.
     """
-    if name in PAINTERS:
-        return PAINTERS[name]()
-    if env.observation.is_image:
-        return FramePainter()
-    raise RunError(f"--video: there is no picture for {name}; add a painter to dvrl_jax.pictures.PAINTERS")
+    painter = find_painter(name, env.observation.is_image)
+    if painter is None:
+        raise RunError(f"--video: there is no picture for {name}; add a painter to dvrl_jax.pictures.PAINTERS")
+    return painter
 
 
 def check_path(path: Path) -> None:
@@ -103,4 +112,4 @@ def _ffmpeg():
     return imageio_ffmpeg
 
 
-__all__ = ["PAINTERS", "FramePainter", "HikePainter", "Painter", "check_path", "painter_for", "write"]
+__all__ = ["PAINTERS", "FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "painter_for", "write"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dvrl_jax.reconstructions import to_uint8
 from dvrl_jax.recording import Recording
 
 INK, FAINT, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
@@ -17,19 +18,12 @@ def _font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """An image [h, w, 1] or [h, w, 3], floating point 0..1 or uint8, as uint8 [h, w, 3]."""
-    if image.dtype != np.uint8:
-        image = np.round(255 * np.clip(image, 0.0, 1.0)).astype(np.uint8)
-    return np.repeat(image, 3 // image.shape[-1], axis=-1)
-
-
 class FramePainter:
     """Image observations: game, observation, reconstruction and predictions in a row, numbers of the belief below."""
 
     fps = 15  # An Atari step is four frames of 1/60 s.
     side, gap, margin, caption = 168, 12, 16, 22
-    below = 150
+    below = 158
     history = 100  # Steps that the curve of values shows.
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
@@ -41,6 +35,12 @@ class FramePainter:
         middle = len(recording.value) // 2
         blank = np.flatnonzero(~recording.observed)
         return self._paint(recording, int(blank[np.argmin(np.abs(blank - middle))]) if blank.size else middle)
+
+    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
+        """A row per environment, left to right the observation and the predictions by time."""
+        columns = [to_uint8(images) for images in (observation, *(predicted[dt] for dt in sorted(predicted)))]
+        padded = [np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
+        return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)
 
     def panel(self, frame: np.ndarray, column: int) -> np.ndarray:
         """The image [84, 84] (red channel, at half size) of one panel of a finished frame."""
@@ -63,8 +63,8 @@ class FramePainter:
         for column, (label, image) in enumerate(images):
             x, y = self.margin + column * (self.side + self.gap), self.margin
             draw.text((x, y), label, INK, _font(14))
-            pixels = Image.fromarray(to_uint8(image)).resize((self.side, self.side), Image.Resampling.NEAREST)
-            canvas.paste(pixels, (x, y + self.caption))
+            pixels = Image.fromarray(np.repeat(to_uint8(image), 3 // image.shape[-1], axis=-1))
+            canvas.paste(pixels.resize((self.side, self.side), Image.Resampling.NEAREST), (x, y + self.caption))
             edge = ORANGE if column == 1 and not recording.observed[t] else FAINT
             draw.rectangle((x - 1, y + self.caption - 1, x + self.side, y + self.caption + self.side), outline=edge)
         self._numbers(draw, recording, t, width)
@@ -75,7 +75,7 @@ class FramePainter:
         total = width - 2 * self.margin
         third = (total - 2 * 36) // 3
         lefts = [self.margin + i * (third + 36) for i in range(3)]
-        bars = (top + self.caption, top + self.caption + 88)
+        bars = (top + self.caption + 8, top + self.caption + 96)
         if recording.weights is None:
             draw.text((lefts[0], top), "no particles", FAINT, _font(14))
         else:

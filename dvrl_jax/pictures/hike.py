@@ -1,5 +1,6 @@
 """Mountain Hike as a picture: the landscape, the true path, the readings, and where the belief puts the hiker."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.recording import Recording
@@ -20,14 +22,19 @@ def positions(observations: np.ndarray) -> np.ndarray:
     return observations / mountain_hike.OBSERVATION_SCALE
 
 
-def draw_landscape(axis: Axes) -> None:
-    """The reward of standing at each place, with the box's edge; x to the right, y upwards."""
+@functools.cache
+def _heights() -> np.ndarray:
+    """The reward of standing at each place of the map, [y, x]."""
     ticks = np.linspace(-LIMIT, LIMIT, 321)
-    grid = np.stack(np.meshgrid(ticks, ticks), axis=-1)
-    heights = np.asarray(mountain_hike.height_reward(grid))
+    return np.asarray(mountain_hike.height_reward(np.stack(np.meshgrid(ticks, ticks), axis=-1)))
+
+
+def draw_landscape(axis: Axes, colorbar: bool = True) -> None:
+    """The reward of standing at each place, with the box's edge; x to the right, y upwards."""
     extent = (-LIMIT, LIMIT, -LIMIT, LIMIT)
-    image = axis.imshow(heights, origin="lower", extent=extent, cmap="viridis", interpolation="bilinear")
-    axis.figure.colorbar(image, ax=axis, label="reward per step at a place", fraction=0.046, pad=0.03)
+    image = axis.imshow(_heights(), origin="lower", extent=extent, cmap="viridis", interpolation="bilinear")
+    if colorbar:
+        axis.figure.colorbar(image, ax=axis, label="reward per step at a place", fraction=0.046, pad=0.03)
     axis.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linewidth=0.8, linestyle=":"))
     axis.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xlabel="x", ylabel="y")
 
@@ -38,7 +45,7 @@ def belief_positions(recording: Recording) -> np.ndarray | None:
 
 
 class HikePainter:
-    """One episode on the map."""
+    """One episode on the map, or predictions of several at once."""
 
     fps = 8
 
@@ -55,6 +62,8 @@ class HikePainter:
         believed = belief_positions(recording)
         if believed is not None:
             (guess,) = axis.plot([], [], "+", color=BELIEF, markersize=13, markeredgewidth=2.5, label="belief's mean")
+            # With a dark edge: it usually lies on particles.
+            guess.set_path_effects([withStroke(linewidth=5, foreground="black")])
         _legend(axis, skip=() if recording.particles is not None else ("particles (area: weight)",))
         title = axis.set_title("")
         cursors = _curves(side, recording)
@@ -102,17 +111,45 @@ class HikePainter:
         _curves(side, recording, cursor=False)
         return figure
 
+    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
+        """A map per environment: the reading, and the positions expected dt steps later, dark red to white."""
+        figure = Figure(figsize=(7.0, 6.3), dpi=80, layout="constrained")
+        columns = 1 if len(observation) == 1 else 2
+        rows = -(-len(observation) // columns)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        times = sorted(predicted)
+        expected = positions(np.stack([predicted[dt] for dt in times], axis=1))
+        for number, axis in enumerate(axes.flat):
+            if number >= len(observation):
+                axis.remove()
+                continue
+            draw_landscape(axis, colorbar=False)
+            axis.plot(*expected[number].T, color=PATH, linewidth=0.8)
+            dots = axis.scatter(
+                *expected[number].T, c=times, cmap="Reds_r", edgecolors="black", linewidths=0.5, zorder=3
+            )
+            axis.plot(*positions(observation[number]), "x", color=READING, markersize=9, markeredgewidth=2.5)
+            axis.set_title(f"environment {number}", fontsize="medium")
+            axis.label_outer()
+        figure.colorbar(dots, ax=axes, ticks=times, label="steps ahead", shrink=0.6)
+        figure.suptitle(
+            "orange: the reading; dots: positions expected some steps ahead (0: the reconstruction)", fontsize="medium"
+        )
+        return figure_to_array(figure)
+
 
 def _layout(panels: int) -> tuple[Figure, list[Axes]]:
     """A map at the left, and panels - 1 small axes at the right."""
-    figure = Figure(figsize=(11.0, 6.4), dpi=90, layout="constrained")
+    figure = Figure(figsize=(11.0, 6.6), dpi=90, layout="constrained")
     grid = figure.add_gridspec(panels - 1, 2, width_ratios=(1.75, 1.0))
     return figure, [figure.add_subplot(grid[:, 0]), *(figure.add_subplot(grid[i, 1]) for i in range(panels - 1))]
 
 
 def _legend(axis: Axes, skip: tuple[str, ...] = ()) -> None:
     entries = [(h, label) for h, label in zip(*axis.get_legend_handles_labels(), strict=True) if label not in skip]
-    style = {"loc": "upper left", "fontsize": "small", "facecolor": "0.35", "labelcolor": "white", "framealpha": 0.85}
+    # Below the map, where it hides nothing; dark, because the path is white.
+    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
+    style |= {"fontsize": "small", "facecolor": "0.35", "labelcolor": "white"}
     for handle in axis.legend(*zip(*entries, strict=True), **style).legend_handles:
         handle.set_alpha(1.0)
 
