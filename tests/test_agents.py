@@ -112,7 +112,7 @@ def test_predictions_are_those_of_the_steps_written_out(algorithm, fields):
 
     predicted, expected = both(weights)
     for dt in (1, 4):
-        np.testing.assert_allclose(predicted[dt], expected[dt - 1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(predicted[dt], expected[dt - 1], rtol=1e-5, atol=1e-5)
     assert not np.allclose(expected[0], expected[3], atol=1e-3)
 
 
