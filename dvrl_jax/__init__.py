@@ -3,7 +3,7 @@
     import jax
     import dvrl_jax
 
-    config = dvrl_jax.make_config("mountain_hike_dvrl", num_envs=8, model__num_particles=30)
+    config = dvrl_jax.make_config("mountain_hike_dvrl", model__num_particles=30, log__interval=100)
     env = dvrl_jax.make_env(config)
     train = dvrl_jax.make_train(config, env)
     state, history = train(seed=0, num_updates=500)  # The final state, and metrics per log interval.
