@@ -1,12 +1,15 @@
 """Returns, losses and optimiser against their formulas in plain NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import default
-from dvrl_jax import a2c
+from dvrl_jax import a2c, envs
+from tests.tiny import tiny_hike
 
 T, B = 5, 3
 
@@ -92,3 +95,14 @@ def test_all_finite_looks_at_every_number_of_every_leaf(value):
     assert bool(a2c.all_finite(tree))
     tree["b"][0] = tree["b"][0].at[1, 0].set(value)
     assert not bool(a2c.all_finite(tree))
+
+
+def test_every_update_draws_anew():
+    """Actions of consecutive updates differ by their noise; an untrained policy's means hardly differ."""
+    config = tiny_hike("rnn", optimizer__learning_rate=1e-9)
+    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+    state, run, actions = learner.init(jax.random.PRNGKey(0)), jax.jit(learner.run), []
+    for _ in range(3):
+        state = run(state, jnp.int32(1))
+        actions.append(np.asarray(state.actor.prev_action))
+    assert all(np.max(np.abs(a - b)) > 0.5 for a, b in itertools.pairwise(actions))
