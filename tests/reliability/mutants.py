@@ -94,8 +94,8 @@ def filter_mutants() -> list[Mutant]:
         ("logsumexp(log_weights, axis=-1) - math.log", "logsumexp(log_weights, axis=-1) + math.log"),
         ("math.log(log_weights.shape[-1])", "math.log(log_weights.shape[0])"),
         ("jax.nn.logsumexp(log_weights, axis=-1)", "jnp.max(log_weights, axis=-1)"),
-        ("1.0 / jnp.sum(jnp.square(normalised_weights", "jnp.sum(jnp.square(normalised_weights"),
-        ("jnp.sum(jnp.square(normalised_weights", "jnp.sum((normalised_weights"),
+        ("1.0 / jnp.sum(jnp.square(weights", "jnp.sum(jnp.square(weights"),
+        ("jnp.sum(jnp.square(weights", "jnp.sum((weights"),
         ("normalised_weights(log_weights), values)", "normalised_weights(-log_weights), values)"),
         ("normalised_weights(log_weights), values)", "jnp.exp(log_weights), values)"),
     ]
