@@ -4,6 +4,7 @@ An environment's picture is a `Painter`. `PAINTERS` names those of particular en
 image observations gets `FramePainter`. Nothing here needs a display.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -96,7 +97,10 @@ def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     first = next(frames)
     size = (first.shape[1], first.shape[0])
     writer = _ffmpeg().write_frames(str(path), size, fps=fps, macro_block_size=2, ffmpeg_log_level="error")
-    writer.send(None)
+    with warnings.catch_warnings():
+        # JAX warns of forks; this one becomes ffmpeg at once.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        writer.send(None)
     try:
         for frame in (first, *frames):
             writer.send(np.ascontiguousarray(frame))
