@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dvrl_jax import config as config_lib
-from dvrl_jax import runs
+from dvrl_jax import markdown, runs
 
 GAMES = (
     "Pong",
@@ -197,10 +197,9 @@ def result_of(root: Path, experiment: Experiment, seeds: Iterable[int], steps: i
 
 def table(results: Iterable[Result]) -> str:
     """The results as a table in Markdown."""
-    rows = ["| experiment | seeds | return (mean) | standard error |", "| --- | --- | --- | --- |"]
     number = lambda value: "-" if value is None else f"{value:.2f}"
-    rows += [f"| {r.name} | {r.seeds} | {number(r.mean)} | {number(r.standard_error)} |" for r in results]
-    return "\n".join(rows) + "\n"
+    rows = [[r.name, str(r.seeds), number(r.mean), number(r.standard_error)] for r in results]
+    return markdown.table(["experiment", "seeds", "return (mean)", "standard error"], rows)
 
 
 # --- How long it takes -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import command_line, envs, evaluation, playing, runs
+from dvrl_jax import command_line, envs, evaluation, markdown, playing, runs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
@@ -202,12 +202,12 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
 
 def table(result: dict[str, Any]) -> str:
     """What `probe` returned, as Markdown."""
-    rows = ["| estimate from | numbers | spread | error x | error y | error |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for one in result["estimates"]:
         cells = (f"{one['rmse_x']:.4f}", f"{one['rmse_y']:.4f}", f"{one['rmse']:.4f} ± {one['standard_error']:.4f}")
-        fitted = f"{one['features']} | {one['spread']:.2g}" if "features" in one else "- | -"
-        rows.append(f"| {one['name']} | {fitted} | {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+        fitted = (str(one["features"]), f"{one['spread']:.2g}") if "features" in one else ("-", "-")
+        rows.append([one["name"], *fitted, *cells])
+    return markdown.table(["estimate from", "numbers", "spread", "error x", "error y", "error"], rows)
 
 
 def main() -> int:

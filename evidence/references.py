@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, runs
+from dvrl_jax import command_line, markdown, runs
 from dvrl_jax import config as config_lib
 from dvrl_jax.envs import MountainHike
 from dvrl_jax.envs import mountain_hike as hike
@@ -157,15 +157,15 @@ def table(measured: dict[str, Any]) -> str:
     columns = ["return", "planned", "share"]
     fine = measured["finer"] is not None
     head = ["reference", "noise", *columns, *(["return, finer", "planned, finer"] if fine else [])]
-    rows = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    rows = []
     references = [Reference(**fields) for fields in measured["references"]]
     finer = [Reference(**fields) for fields in measured["finer"]["references"]] if fine else references
     for one, again in zip(references, finer, strict=True):
         noise = "any" if one.observation_std is None else f"{one.observation_std:g}"
         part = f"{share(one.mean, references, 0.0, SIGHTED):.3f}"
-        cells = [one.name, noise, _mean(one), _planned(one), part, *([_mean(again), _planned(again)] if fine else [])]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+        more = [_mean(again), _planned(again)] if fine else []
+        rows.append([one.name, noise, _mean(one), _planned(one), part, *more])
+    return markdown.table(head, rows)
 
 
 def _mean(reference: Reference) -> str:

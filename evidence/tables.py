@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, plotting, runs
+from dvrl_jax import command_line, markdown, plotting, runs
 from evidence import probe, references
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,8 +84,7 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
     """A row per run and, where there are several seeds, their mean and standard error."""
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
-    rows = [["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most]]
-    rows.append(["---"] * len(rows[0]))
+    head, rows = ["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most], []
     for name, group in load(folder).items():
         found = [numbers(run, known) for run in group]
         lengths = [f"{run.lines[-1]['env_steps'] / 1e6:.2f}M" for run in group]
@@ -95,7 +94,7 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
         if len(group) > 1:
             cells = [_mean(column, digits) for column, digits in zip(zip(*found, strict=True), DIGITS, strict=True)]
             rows.append([name, "mean", lengths[0] if len(set(lengths)) == 1 else "-", *cells])
-    return _markdown(rows)
+    return markdown.table(head, rows)
 
 
 def probes_table(folder: Path) -> str:
@@ -110,13 +109,13 @@ def probes_table(folder: Path) -> str:
     if not found:
         raise runs.RunError(f"{folder}: none of its runs has been probed (python -m evidence.probe)")
     columns = [*names, probe.EXACT]
-    rows = [["agent", "seed", "steps", "return", *columns], ["---"] * (4 + len(columns))]
+    rows = []
     for setting, seed, result in found:
         errors = {one["name"]: one["rmse"] for one in result["estimates"]}
         cells = [_number(errors.get(name, math.nan), 4) for name in columns]
         steps, mean = f"{result['env_steps'] / 1e6:.2f}M", f"{result['mean_return']:.1f}"
         rows.append([setting, str(seed), steps, mean, *cells])
-    return _markdown(rows)
+    return markdown.table(["agent", "seed", "steps", "return", *columns], rows)
 
 
 def _number(value: float, digits: int) -> str:
@@ -129,10 +128,6 @@ def _mean(values: tuple[float, ...], digits: int) -> str:
         return "-"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def generate(text: str, results: Path = RESULTS) -> str:

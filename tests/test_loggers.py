@@ -10,8 +10,8 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import atari_dvrl, default
 from dvrl_jax import config as config_lib
 from dvrl_jax import loggers, reconstructions, runs
-from tests.test_resume import STEPS_PER_UPDATE, checkpoint_arrays
-from tests.tiny import tiny_hike, train
+from tests.test_resume import STEPS_PER_UPDATE
+from tests.tiny import checkpoint_arrays, tiny_hike, train
 
 
 def events(path):
