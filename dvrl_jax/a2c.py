@@ -362,7 +362,8 @@ def make_learner(config, env: Environment) -> Learner:
         _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
         # Summaries of beliefs depend on no other step: all steps at once.
         steps = Steps(*jax.vmap(judge)(beliefs, rollout.action, rollout.summary_notes), *weighed)
-        returns = n_step_returns(rollout.env.reward, rollout.env.done, rollout.bootstrap, gamma)
+        reward = config.loss.reward_scale * rollout.env.reward
+        returns = n_step_returns(reward, rollout.env.done, rollout.bootstrap, gamma)
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)
 

@@ -139,6 +139,7 @@ def _check(c: ConfigDict) -> None:
         "total_env_steps", c.total_env_steps < largest, f"less than {largest:,} with updates of {per_update:,} steps"
     )
     require("env.p_blank", 0 <= c.env.p_blank <= 1, "a probability, between 0 and 1")
+    require("loss.reward_scale", c.loss.reward_scale > 0, "greater than 0")
     require("loss.gamma", 0 <= c.loss.gamma <= 1, "between 0 and 1")
     require("optimizer.name", c.optimizer.name in ("rmsprop", "adam"), "rmsprop or adam")
     for field in ("learning_rate", "eps", "max_grad_norm"):

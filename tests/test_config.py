@@ -35,6 +35,7 @@ IMPOSSIBLE = [
     ("model.channels", (32, 64), "3 channel counts"),
     ("model.channels", (32, 0, 32), "at least 1"),
     ("loss.gamma", 1.1, "between 0 and 1"),
+    ("loss.reward_scale", 0.0, "greater than 0"),
     ("optimizer.name", "sgd", "rmsprop or adam"),
     ("optimizer.learning_rate", float("nan"), "finite"),
     ("optimizer.betas", (0.9,), "two numbers"),

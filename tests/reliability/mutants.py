@@ -109,6 +109,7 @@ def learner_mutants() -> list[Mutant]:
         ("jnp.where(done, 0.0, following)", "following"),
         ("jnp.where(done, 0.0, following)", "jnp.where(done, following, 0.0)"),
         ("(rewards, dones), reverse=True)", "(rewards, dones))"),
+        ("config.loss.reward_scale * rollout", "rollout"),
         ("return jax.lax.stop_gradient(returns)", "return returns"),
         # Losses.
         ("jnp.sum(jnp.where(mask, x, 0.0))", "jnp.sum(x)"),

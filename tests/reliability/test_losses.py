@@ -39,6 +39,23 @@ def test_returns_are_discounted_sums_up_to_the_end_of_an_episode():
     np.testing.assert_array_equal(gradient, np.zeros(B))
 
 
+def test_rewards_are_scaled_for_learning_and_reported_as_they_are():
+    outcomes = {}
+    for scale in (1.0, 0.5):
+        config = tiny_hike("rnn", loss__reward_scale=scale)
+        learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+        state = learner.init(jax.random.PRNGKey(0))
+        draws = learner.draw(jax.random.PRNGKey(1))
+        _, outcomes[scale] = learner.gradient(state.params, state.batch_stats, state.actor, state.window, draws)
+    for scale, outcome in outcomes.items():
+        env = outcome.rollout.env
+        expected = a2c.n_step_returns(scale * env.reward, env.done, outcome.rollout.bootstrap, config.loss.gamma)
+        np.testing.assert_allclose(outcome.returns, expected, rtol=1e-6)
+    for name in ("reward", "true_reward"):
+        half, whole = (getattr(outcomes[scale].rollout.env, name) for scale in (0.5, 1.0))
+        np.testing.assert_array_equal(half, whole)
+
+
 def test_losses_and_their_gradients_by_hand():
     value, log_prob, entropy, encoding, returns, mask = inputs()
     coefs = default.get_config().loss
