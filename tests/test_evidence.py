@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import default
 from dvrl_jax import a2c, api, checkpoints, plotting, runs
 from dvrl_jax import config as config_lib
-from evidence import kalman, planner, probe, references, tables
+from evidence import causes, kalman, planner, probe, references, tables
 from tests import tiny
 from tests.test_mountain_hike import clipped, random_actions, surface
 
@@ -205,13 +206,18 @@ def test_the_probe_compares_an_rnns_state_with_the_exact_filter():
     check_estimates(probe.estimates(played, 0.3), {"state h": 8})
 
 
-def test_the_probe_restores_plays_prints_and_stores(tmp_path, monkeypatch, capsys):
+def save_run(path):
+    """An untrained DVRL agent as a run whose only checkpoint is of update 20."""
     config = config_lib.finalise(tiny.tiny_hike("dvrl"))
-    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    (path / "config.json").write_text(config_lib.to_json(config))
     state = a2c.make_learner(config, api.make_env(config)).init(jax.random.PRNGKey(0))
-    saver = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1)
+    saver = checkpoints.Checkpoints(path / "checkpoints", keep=1)
     saver.save(state._replace(update=jnp.int32(20)), True, -250.0, {})
     saver.wait()
+
+
+def test_the_probe_restores_plays_prints_and_stores(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path)
     flags = {"workdir": str(tmp_path), "episodes": 200, "checkpoint": "best", "seed": 1}
     monkeypatch.setattr(probe, "FLAGS", SimpleNamespace(**flags))
     assert probe.main() == 0
@@ -251,6 +257,40 @@ def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
     refused("has blank observations", env__p_blank=0.5)
     refused("no checkpoint 'best'")
     assert [path.name for path in tmp_path.glob("probe*")] == []
+
+
+# --- Causes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_losses_parts_add_up_to_the_gradient_that_training_takes():
+    config = config_lib.finalise(tiny.tiny_hike("dvrl"))
+    env = api.make_env(config)
+    learner = a2c.make_learner(config, env)
+    state, draws = learner.init(jax.random.PRNGKey(0)), learner.draw(jax.random.PRNGKey(1))
+    given = (state.params, state.batch_stats, state.actor, state.window, draws)
+    parts, _ = jax.jit(lambda *given: causes.gradients_by_loss(config, env, *given))(*given)
+    whole, _ = jax.jit(learner.gradient)(*given)
+    assert all(optax.tree.norm(part) > 0 for part in parts.values())
+    difference = jax.tree.map(lambda total, *parts: total - sum(parts), whole, *parts.values())
+    assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(whole)
+    numbers = causes.gradient_numbers(parts, max_norm=float(optax.tree.norm(whole)) / 4)
+    assert abs(sum(x for name, x in numbers.items() if name.startswith("share of")) - 1) < 1e-4
+    assert abs(numbers["gradient kept by clipping"] - 0.25) < 1e-4
+
+
+def test_causes_of_a_run_are_printed_and_stored(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path)
+    flags = {"workdir": str(tmp_path), "updates": 3, "checkpoint": "best", "seed": 1}
+    monkeypatch.setattr(causes, "FLAGS", SimpleNamespace(**flags))
+    assert causes.main() == 0
+    assert "checkpoint of update 20" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "causes-20.json").read_text())["numbers"]
+    assert numbers["particles"] == 3 and 1 <= numbers["effective sample size"] <= 3
+    assert numbers["policy, standard deviation"] == 1 and numbers["features, saturated"] < 0.05
+    for name in ("features", "policy mean", "value"):
+        # All that differs between draws or orders differs between environments too, and much else does.
+        noise = [numbers[f"{name}, spread by {why}"] for why in ("draws", "order")]
+        assert all(0 < x < numbers[f"{name}, spread"] for x in noise)
 
 
 # --- The tables ------------------------------------------------------------------------------------------------------
