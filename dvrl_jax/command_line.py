@@ -75,9 +75,11 @@ def _fail(error: Exception):
 
 
 def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
-    """Names a configuration file that is not there, or a field that does not exist, before the flags are parsed."""
+    """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
     check_fields(fields, default)
+    if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
+        raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
     for argument in arguments:
         match = re.match(r"--?config=([^:]*)", argument)
         if match and not Path(match[1]).is_file():

@@ -73,6 +73,7 @@ COMMANDS = [
     (["--config=configs/mountain_hike_rnn.py", "--config.model.hdim=3"], "model.hdim"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model.h_dim=1.5"], "config.model.h_dim"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config.seed=3"], "--config.seed: needs a configuration too"),
     (["--config=configs/atari_dvrl.py:Pnog"], "env.name"),
     (["--cofnig=configs/pong_dvrl.py"], "cofnig"),
     ([], "--config"),
