@@ -7,6 +7,7 @@ A table stands between two comments, and is replaced by what the named files und
 
     <!-- table: mountain_hike -->         returns and encoding losses of all runs below that folder
     <!-- table: mountain_hike probes -->  their probe-<update>.json
+    <!-- table: mountain_hike causes -->  their causes-<update>.json
     <!-- table: references.json -->       the references
     <!-- end -->
 """
@@ -29,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
 BEGIN = re.compile(r"^<!-- table: ", re.M)
-BLOCK = re.compile(r"^(<!-- table: (\S+)( probes)? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
+BLOCK = re.compile(r"^(<!-- table: (\S+)(?: (probes|causes))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
-RETURNS_AT = (1_200_000, 2_000_000)  # Environment steps.
+RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
 ENCODING_AFTER = 360_000  # By then the encoding loss has come down from its start.
 
 Lines = list[dict[str, Any]]
@@ -65,7 +66,7 @@ def value_at(lines: Lines, metric: str, steps: int) -> float:
 
 
 def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]:
-    """A row's numbers: returns, the last one's share of what can be reached, encoding loss at the end and at most."""
+    """A row's numbers: returns, the last one's share of what can be reached, encoding loss, hours, steps per second."""
     lines = run.lines
     returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT] + runs.column(lines[-1:], "result.true")
     share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
@@ -74,20 +75,22 @@ def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]
     if run.fields["algorithm"] == "dvrl":  # Else the loss is a constant 0.
         encoding = runs.column(lines[-1:], "loss.encoding")[0]
     most = math.nan if math.isnan(encoding) or not late else max(runs.column(late, "loss.encoding"))
-    return [*returns, share, encoding, most]
+    hours = runs.column(lines[-1:], "wall_time")[0] / 3600
+    return [*returns, share, encoding, most, hours, lines[-1]["env_steps"] / (3600 * hours)]
 
 
-DIGITS = (*(1 for _ in RETURNS_AT), 1, 2, 2, 2)
+DIGITS = (*(1 for _ in RETURNS_AT), 1, 2, 2, 2, 2, 0)
 
 
 def returns_table(folder: Path, known: list[references.Reference]) -> str:
     """A row per run and, where there are several seeds, their mean and standard error."""
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
-    head, rows = ["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most], []
+    head = ["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most]
+    head, rows = [*head, "hours", "steps/s"], []
     for name, group in load(folder).items():
         found = [numbers(run, known) for run in group]
-        lengths = [f"{run.lines[-1]['env_steps'] / 1e6:.2f}M" for run in group]
+        lengths = [_millions(run.lines[-1]["env_steps"]) for run in group]
         for run, length, row in zip(group, lengths, found, strict=True):
             cells = [_number(value, digits) for value, digits in zip(row, DIGITS, strict=True)]
             rows.append([name, str(run.fields["seed"]), length, *cells])
@@ -97,25 +100,47 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
     return markdown.table(head, rows)
 
 
-def probes_table(folder: Path) -> str:
-    """A row per run and probed checkpoint: the error of each estimate."""
-    found, names = [], {}
+def measured(folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """What <kind>-<update>.json of all runs below a folder hold: (setting, seed, contents) of each.
+
+    Raises:
+        RunError: there is no such file.
+    """
+    found = []
     for setting, group in load(folder).items():
         for run in group:
-            for file in sorted(run.path.glob("probe-*.json"), key=lambda file: int(file.stem.split("-")[1])):
-                result = json.loads(file.read_text())
-                found.append((setting, run.fields["seed"], result))
-                names |= {one["name"]: None for one in result["estimates"] if one["name"] != probe.EXACT}
+            files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1]))
+            found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
-        raise runs.RunError(f"{folder}: none of its runs has been probed (python -m evidence.probe)")
-    columns = [*names, probe.EXACT]
+        raise runs.RunError(f"{folder}: none of its runs has a {kind}-<update>.json (python -m evidence.{kind})")
+    return found
+
+
+def probes_table(folder: Path) -> str:
+    """A row per run and probed checkpoint: the error of each estimate."""
+    found = measured(folder, "probe")
+    names = {one["name"]: None for *_, result in found for one in result["estimates"]}
+    columns = [*(name for name in names if name != probe.EXACT), probe.EXACT]
     rows = []
     for setting, seed, result in found:
         errors = {one["name"]: one["rmse"] for one in result["estimates"]}
         cells = [_number(errors.get(name, math.nan), 4) for name in columns]
-        steps, mean = f"{result['env_steps'] / 1e6:.2f}M", f"{result['mean_return']:.1f}"
-        rows.append([setting, str(seed), steps, mean, *cells])
+        rows.append([setting, seed, _millions(result["env_steps"]), f"{result['mean_return']:.1f}", *cells])
     return markdown.table(["agent", "seed", "steps", "return", *columns], rows)
+
+
+def causes_table(folder: Path) -> str:
+    """A column per run and examined checkpoint, a row per number."""
+    found = measured(folder, "causes")
+    head = [f"{setting}, seed {seed}, {_millions(result['env_steps'])}" for setting, seed, result in found]
+    names = sorted({name for *_, result in found for name in result["numbers"]})
+    cell = lambda value: "-" if value is None else f"{value:.2g}"
+    rows = [[name, *(cell(result["numbers"].get(name)) for *_, result in found)] for name in names]
+    return markdown.table(["", *head], rows)
+
+
+def _millions(steps: int) -> str:
+    return f"{steps / 1e6:.2f}M"
 
 
 def _number(value: float, digits: int) -> str:
@@ -142,13 +167,13 @@ def generate(text: str, results: Path = RESULTS) -> str:
     known = references.load(stored) if stored.exists() else []
 
     def table(match: re.Match) -> str:
-        begin, name, probes, _, end = match.groups()
+        begin, name, kind, _, end = match.groups()
         path = results / name
         if path.suffix == ".json":
             references.load(path)
             made = references.table(json.loads(path.read_text()))
         else:
-            made = probes_table(path) if probes else returns_table(path, known)
+            made = {"probes": probes_table, "causes": causes_table}[kind](path) if kind else returns_table(path, known)
         return f"{begin}{made}{end}"
 
     return BLOCK.sub(table, text)

@@ -303,7 +303,7 @@ def write_run(path, algorithm, seed, returns, encoding=None, **fields):
     (path / "config.json").write_text(json.dumps(fields))
     lines = []
     for i, value in enumerate(returns):
-        line = {"update": i + 1, "env_steps": 400_000 * (i + 1), "result.true": value}
+        line = {"update": i + 1, "env_steps": 400_000 * (i + 1), "wall_time": 200.0 * (i + 1), "result.true": value}
         lines.append(line | {"loss.encoding": encoding[i] if encoding else 0.0})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (path / "metrics.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -319,10 +319,11 @@ def test_tables_hold_what_the_files_say(tmp_path):
     page = "before\n<!-- table: hike -->\nold\n<!-- end -->\nafter\n"
     made = tables.generate(page, tmp_path)
     assert made.splitlines()[4:-2] == [
-        "| RNN | 0 | 2.40M | -210.0 | -160.0 | -150.0 | 0.50 | - | - |",
-        "| RNN | 1 | 2.40M | -200.0 | -180.0 | -170.0 | 0.40 | - | - |",
-        "| RNN | mean | 2.40M | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | 0.45 ± 0.05 | - | - |",
-        "| DVRL | 0 | 1.20M | -230.0 | - | -230.0 | 0.10 | 5.50 | 12.00 |",
+        "| RNN | 0 | 2.40M | -250.0 | -210.0 | -160.0 | -150.0 | 0.50 | - | - | 0.33 | 2000 |",
+        "| RNN | 1 | 2.40M | -250.0 | -200.0 | -180.0 | -170.0 | 0.40 | - | - | 0.33 | 2000 |",
+        "| RNN | mean | 2.40M | -250.0 ± 0.0 | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | 0.45 ± 0.05 | - | - "
+        "| 0.33 ± 0.00 | 2000 ± 0 |",
+        "| DVRL | 0 | 1.20M | -250.0 | -230.0 | - | -230.0 | 0.10 | 5.50 | 12.00 | 0.17 | 2000 |",
     ]
     assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n") and "old" not in made
     assert tables.generate(made, tmp_path) == made
@@ -332,7 +333,7 @@ def test_tables_hold_what_the_files_say(tmp_path):
     assert tables.stale((tmp_path / "page.md",), tmp_path) == [tmp_path / "page.md"]
 
 
-def test_settings_have_rows_of_their_own_and_probes_a_table(tmp_path):
+def test_settings_have_rows_and_what_was_measured_of_them_has_tables(tmp_path):
     for count in (1, 10):
         fields = {"model.num_particles": count}
         write_run(tmp_path / "hike" / str(count), "dvrl", 0, [-250.0], [5.0], **fields)
@@ -346,6 +347,15 @@ def test_settings_have_rows_of_their_own_and_probes_a_table(tmp_path):
         "| --- | --- | --- | --- | --- | --- |",
         "| DVRL, model.num_particles=10 | 0 | 0.40M | -240.0 | 0.3000 | 0.1000 |",
     ]
+    for count, numbers in ((1, {"gradient": 12.34}), (10, {"gradient": 0.5, "particles": 10.0})):
+        result = {"env_steps": 400_000, "numbers": numbers}
+        (tmp_path / "hike" / str(count) / "causes-5.json").write_text(json.dumps(result))
+    assert tables.generate("<!-- table: hike causes -->\n<!-- end -->", tmp_path).splitlines()[1:-1] == [
+        "|  | DVRL, model.num_particles=1, seed 0, 0.40M | DVRL, model.num_particles=10, seed 0, 0.40M |",
+        "| --- | --- | --- |",
+        "| gradient | 12 | 0.5 |",
+        "| particles | - | 10 |",
+    ]
 
 
 def test_a_table_that_cannot_be_made_is_refused(tmp_path):
@@ -353,6 +363,9 @@ def test_a_table_that_cannot_be_made_is_refused(tmp_path):
         tables.generate("<!-- table: nothing -->\n<!-- end -->\n", tmp_path)
     with pytest.raises(runs.RunError, match="has no '<!-- end -->'"):
         tables.generate("<!-- table: nothing -->\n", tmp_path)
+    write_run(tmp_path / "hike" / "a", "rnn", 0, [-250.0])
+    with pytest.raises(runs.RunError, match=r"none of its runs has a causes-<update>\.json"):
+        tables.generate("<!-- table: hike causes -->\n<!-- end -->\n", tmp_path)
 
 
 def test_compressed_metrics_are_read_and_a_damaged_file_is_named(tmp_path):
