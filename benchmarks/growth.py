@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks.throughput import machine, run_worker
 from configs import default
-from dvrl_jax import command_line
+from dvrl_jax import command_line, markdown
 from dvrl_jax import config as config_lib
 
 matplotlib.use("Agg")
@@ -42,13 +42,19 @@ def measure(config, seconds: float) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def print_markdown(found: dict[str, list[dict[str, float]]]) -> None:
-    print("| axis | value | ms/update | steps/s | peak memory (MB) | compile (s) |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def as_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """A row per measurement, in Markdown."""
+    rows = []
     for field, points in found.items():
         for p in points:
-            speed = f"{p['ms']:.1f} | {p['steps_per_second']:,.0f}"
-            print(f"| {AXES[field][0]} | {p['value']} | {speed} | {p['memory_mb']:,.0f} | {p['compile']:.1f} |")
+            numbers = (
+                f"{p['ms']:.1f}",
+                f"{p['steps_per_second']:,.0f}",
+                f"{p['memory_mb']:,.0f}",
+                f"{p['compile']:.1f}",
+            )
+            rows.append([AXES[field][0], str(p["value"]), *numbers])
+    return markdown.table(["axis", "value", "ms/update", "steps/s", "peak memory (MB)", "compile (s)"], rows)
 
 
 def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -75,7 +81,7 @@ def main() -> int:
     Path(f"{FLAGS.out}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, Path(f"{FLAGS.out}.png"))
     print(machine())
-    print_markdown(found)
+    print(as_table(found), end="")
     return 0
 
 

@@ -106,10 +106,9 @@ def variance_numbers(agent: Agent, actor: a2c.Actor, key: Array) -> dict[str, Ar
     """Median standard deviations of proposal, prior and emission (of vectors only); {} without particles."""
     if not hasattr(actor.belief, "log_weight"):
         return {}
-    draws = jax.tree.map(lambda x: x[0], agent.draw(key, 1, actor.fresh.shape[0]))
-    belief = agent.restart(actor.belief, actor.fresh)
-    inputs = agent.encode(actor.env.obs, actor.prev_action)
-    step = agent.transition(belief.h, inputs, agent.choose(belief, draws))
+    last = playing.look(agent, actor, key)
+    inputs = agent.encode(actor.env.obs, last.prev_action)
+    step = agent.transition(last.h_prev, inputs, last.trace)
     _, prior_var = agent.prior_of(step.h_prev, inputs)
     numbers = {"proposal of z, deviation": step.proposal_var, "prior of z, deviation": prior_var}
     if not agent.observation.is_image:

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 from jax.random import fold_in
 
-from dvrl_jax import a2c
+from dvrl_jax import a2c, playing
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import DVRL, Inputs, bind
-from dvrl_jax.agents.base import Prediction
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.original_weights import from_original
 from tests.golden import Recording
@@ -67,12 +66,7 @@ def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fiel
 
 
 def after_one_observation(agent, env):
-    belief = agent.initial(NUM_ENVS)
-    action = agent.initial_action(NUM_ENVS)
-    inputs = agent.encode(env.obs[0], action)
-    draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(1), 1, NUM_ENVS))
-    after, info = agent.update(belief, inputs, env.obs[0], draws)
-    return Prediction(after, belief.h, info.trace, action)
+    return playing.look(agent, a2c.first_actor(agent, env.reset(None)), jax.random.PRNGKey(1))
 
 
 def predict(agent, env, times=(0, 2, 3)):
