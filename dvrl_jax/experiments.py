@@ -34,6 +34,8 @@ HIKE_PARTICLES = (1, 5, 30)
 HIKE_WINDOWS = (1, 10)
 HIKE_LEARNING_RATES = {"1e-4": 1e-4, "1e-3": 1e-3}
 HIKE_ENCODING_COEFS = (0.01, 1.0)
+# By scale, the entropy bonus that belongs to it: 0.01 of the rewards, as without, so that what is best stays the same.
+HIKE_REWARD_SCALES = {0.1: 1e-3, 0.03: 3e-4}
 
 
 class Experiment(NamedTuple):
@@ -71,25 +73,29 @@ def _experiments() -> dict[str, Experiment]:
 
 
 def _hike_experiments() -> list[Experiment]:
-    """What varies one field of the two agents on Mountain Hike at noise 0.3."""
+    """What varies one field (the scale of rewards: two) of the two agents on Mountain Hike at noise 0.3."""
     found = []
 
-    def add(name: str, agent: str, field: str, value: Any) -> None:
-        fields = {"env.observation_std": NOISE[-1], field: value}
+    def add(name: str, agent: str, *changes: tuple[str, Any]) -> None:
+        fields = {"env.observation_std": NOISE[-1]} | dict(changes)
         found.append(Experiment(name, f"mountain_hike_{agent}.py", fields))
 
     for count in HIKE_PARTICLES:
-        add(f"hike-ablation/particles/{count}", "dvrl", "model.num_particles", count)
+        add(f"hike-ablation/particles/{count}", "dvrl", ("model.num_particles", count))
     for length in HIKE_WINDOWS:
         for agent in ("dvrl", "rnn"):
-            add(f"hike-ablation/window/{agent}-{length}", agent, "bptt_segments", length)
-    add("hike-ablation/joint/detached", "dvrl", "model.detach_encoder", True)
-    add("hike-ablation/resampling/off", "dvrl", "model.resample", False)
+            add(f"hike-ablation/window/{agent}-{length}", agent, ("bptt_segments", length))
+    add("hike-ablation/joint/detached", "dvrl", ("model.detach_encoder", True))
+    add("hike-ablation/resampling/off", "dvrl", ("model.resample", False))
     for name, rate in HIKE_LEARNING_RATES.items():
         for agent in ("dvrl", "rnn"):
-            add(f"hike-search/{agent}/lr-{name}", agent, "optimizer.learning_rate", rate)
+            add(f"hike-search/{agent}/lr-{name}", agent, ("optimizer.learning_rate", rate))
     for coef in HIKE_ENCODING_COEFS:
-        add(f"hike-search/dvrl/elbo-{coef:g}", "dvrl", "loss.encoding_coef", coef)
+        add(f"hike-search/dvrl/elbo-{coef:g}", "dvrl", ("loss.encoding_coef", coef))
+    for scale, entropy in HIKE_REWARD_SCALES.items():
+        for agent in ("dvrl", "rnn"):
+            changes = (("loss.reward_scale", scale), ("loss.entropy_coef", entropy))
+            add(f"hike-search/{agent}/reward-{scale:g}", agent, *changes)
     return found
 
 
@@ -112,6 +118,8 @@ def _comparisons() -> dict[str, tuple[str, ...]]:
         found[f"hike-ablation/window/{agent}"] = (*lengths, base)
         rates = (f"hike-search/{agent}/lr-{name}" for name in HIKE_LEARNING_RATES)
         found[f"hike-search/{agent}/learning-rate"] = (*rates, base)
+        scales = (f"hike-search/{agent}/reward-{scale:g}" for scale in HIKE_REWARD_SCALES)
+        found[f"hike-search/{agent}/reward-scale"] = (*scales, base)
     found["hike-ablation/joint"] = ("hike-ablation/joint/detached", dvrl)
     found["hike-ablation/resampling"] = ("hike-ablation/resampling/off", dvrl)
     found["hike-search/dvrl/elbo"] = (*(f"hike-search/dvrl/elbo-{coef:g}" for coef in HIKE_ENCODING_COEFS), dvrl)
@@ -205,7 +213,8 @@ def table(results: Iterable[Result]) -> str:
 # --- How long it takes -----------------------------------------------------------------------------------------------
 
 # Fields that do not change what is computed, only with which numbers.
-SAME_PROGRAM = ("seed", "total_env_steps", "log.", "checkpoint.", "optimizer.", "loss.gamma", "env.observation_std")
+SAME_PROGRAM = ("seed", "total_env_steps", "log.", "checkpoint.", "optimizer.", "env.observation_std")
+SAME_PROGRAM += ("loss.gamma", "loss.reward_scale", "loss.entropy_coef")
 
 
 def program_of(fields: Mapping[str, Any]) -> str:

@@ -20,14 +20,14 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1 + 9 + 6
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1 + 9 + 10
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 52),
+        ([], 56),
         (["hike"], 6),
         (["atari/Pong"], 2),
         (["atari/*/rnn"], 10),
@@ -36,6 +36,7 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         (["hike-ablation"], 9),
         (["hike-ablation/*"], 11),  # With the two that they are compared with.
         (["hike-search/dvrl/learning-rate"], 3),
+        (["hike-search/*/reward-scale"], 6),
     ],
 )
 def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):
