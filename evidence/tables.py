@@ -24,6 +24,7 @@ from absl import flags
 
 from configs import default
 from dvrl_jax import command_line, markdown, plotting, runs
+from dvrl_jax import config as config_lib
 from evidence import probe, references
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ BEGIN = re.compile(r"^<!-- table: ", re.M)
 BLOCK = re.compile(r"^(<!-- table: (\S+)(?: (probes|causes))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
 RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
+LAST = 500_000  # The end of a run is judged by its returns over so many steps.
 ENCODING_AFTER = 360_000  # By then the encoding loss has come down from its start.
 
 Lines = list[dict[str, Any]]
@@ -41,20 +43,31 @@ Lines = list[dict[str, Any]]
 def load(folder: Path) -> dict[str, list[plotting.Run]]:
     """The runs below a folder by setting: those of one setting differ in seed and length only.
 
+    A setting's name has the fields in which runs of one agent differ. Fields younger than a run have their default.
     Raises:
         RunError: there is none.
     """
     paths = sorted(path.parent for path in folder.rglob("config.json"))
-    loaded = [plotting.load_run(path) for path in paths]
-    if not loaded:
+    if not paths:
         raise runs.RunError(f"{folder}: holds no runs")
+    defaults = config_lib.flatten(default.get_config())
+    loaded = [plotting.load_run(path) for path in paths]
+    loaded = [run._replace(fields=defaults | dict(run.fields)) for run in loaded]
+    agents = sorted({run.fields["algorithm"] for run in loaded}, reverse=True)
+    by_agent = {agent: [run for run in loaded if run.fields["algorithm"] == agent] for agent in agents}
+    varied = [field for field in defaults if any(_varies(field, alike) for alike in by_agent.values())]
     settings = {}
-    for algorithm in sorted({run.fields["algorithm"] for run in loaded}, reverse=True):
-        alike = [run for run in loaded if run.fields["algorithm"] == algorithm]
-        for label, group in plotting.group_runs(alike).items():
-            name = algorithm.upper() if label == algorithm else f"{algorithm.upper()}, {label}"
+    for agent, alike in by_agent.items():
+        for group in plotting.group_runs(alike).values():
+            name = ", ".join([agent.upper(), *(f"{x.split('.')[-1]} {group[0].fields[x]:g}" for x in varied)])
             settings[name] = sorted(group, key=lambda run: run.fields["seed"])
     return settings
+
+
+def _varies(field: str, loaded: list[plotting.Run]) -> bool:
+    return (
+        field != "seed" and not config_lib.is_changeable(field) and len({str(run.fields[field]) for run in loaded}) > 1
+    )
 
 
 def value_at(lines: Lines, metric: str, steps: int) -> float:
@@ -66,27 +79,30 @@ def value_at(lines: Lines, metric: str, steps: int) -> float:
 
 
 def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]:
-    """A row's numbers: returns, the last one's share of what can be reached, encoding loss, hours, steps per second."""
+    """A row's numbers: returns, the share of what can be reached, encoding loss, hours, steps per second."""
     lines = run.lines
     returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT] + runs.column(lines[-1:], "result.true")
+    late = runs.column([line for line in lines if line["env_steps"] > lines[-1]["env_steps"] - LAST], "result.true")
+    returns.append(statistics.fmean(x for x in late if not math.isnan(x)))
     share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
-    late = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
+    settled = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
     encoding = math.nan
     if run.fields["algorithm"] == "dvrl":  # Else the loss is a constant 0.
         encoding = runs.column(lines[-1:], "loss.encoding")[0]
-    most = math.nan if math.isnan(encoding) or not late else max(runs.column(late, "loss.encoding"))
+    most = math.nan if math.isnan(encoding) or not settled else max(runs.column(settled, "loss.encoding"))
     hours = runs.column(lines[-1:], "wall_time")[0] / 3600
     return [*returns, share, encoding, most, hours, lines[-1]["env_steps"] / (3600 * hours)]
 
 
-DIGITS = (*(1 for _ in RETURNS_AT), 1, 2, 2, 2, 2, 0)
+DIGITS = (*(1 for _ in RETURNS_AT), 1, 1, 2, 2, 2, 2, 0)
 
 
 def returns_table(folder: Path, known: list[references.Reference]) -> str:
     """A row per run and, where there are several seeds, their mean and standard error."""
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
-    head = ["agent", "seed", "steps", *at, "at the end", "share", "encoding loss at the end (nats)", most]
+    end = f"mean of the last {LAST / 1e6:.1f}M"
+    head = ["agent", "seed", "steps", *at, "at the end", end, "share", "encoding loss at the end (nats)", most]
     head, rows = [*head, "hours", "steps/s"], []
     for name, group in load(folder).items():
         found = [numbers(run, known) for run in group]

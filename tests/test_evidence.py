@@ -319,11 +319,11 @@ def test_tables_hold_what_the_files_say(tmp_path):
     page = "before\n<!-- table: hike -->\nold\n<!-- end -->\nafter\n"
     made = tables.generate(page, tmp_path)
     assert made.splitlines()[4:-2] == [
-        "| RNN | 0 | 2.40M | -250.0 | -210.0 | -160.0 | -150.0 | 0.50 | - | - | 0.33 | 2000 |",
-        "| RNN | 1 | 2.40M | -250.0 | -200.0 | -180.0 | -170.0 | 0.40 | - | - | 0.33 | 2000 |",
-        "| RNN | mean | 2.40M | -250.0 ± 0.0 | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | 0.45 ± 0.05 | - | - "
-        "| 0.33 ± 0.00 | 2000 ± 0 |",
-        "| DVRL | 0 | 1.20M | -250.0 | -230.0 | - | -230.0 | 0.10 | 5.50 | 12.00 | 0.17 | 2000 |",
+        "| RNN | 0 | 2.40M | -250.0 | -210.0 | -160.0 | -150.0 | -155.0 | 0.47 | - | - | 0.33 | 2000 |",
+        "| RNN | 1 | 2.40M | -250.0 | -200.0 | -180.0 | -170.0 | -175.0 | 0.38 | - | - | 0.33 | 2000 |",
+        "| RNN | mean | 2.40M | -250.0 ± 0.0 | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | -165.0 ± 10.0 "
+        "| 0.42 ± 0.05 | - | - | 0.33 ± 0.00 | 2000 ± 0 |",
+        "| DVRL | 0 | 1.20M | -250.0 | -230.0 | - | -230.0 | -235.0 | 0.07 | 5.50 | 12.00 | 0.17 | 2000 |",
     ]
     assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n") and "old" not in made
     assert tables.generate(made, tmp_path) == made
@@ -341,17 +341,17 @@ def test_settings_have_rows_and_what_was_measured_of_them_has_tables(tmp_path):
     result["estimates"] = [{"name": probe.EXACT, "rmse": 0.1}, {"name": "last reading", "rmse": 0.3}]
     (tmp_path / "hike" / "10" / "probe-5.json").write_text(json.dumps(result))
     returns, probes = (tables.generate(f"<!-- table: hike{x} -->\n<!-- end -->", tmp_path) for x in ("", " probes"))
-    assert "| DVRL, model.num_particles=1 | 0 |" in returns and "| DVRL, model.num_particles=10 | 0 |" in returns
+    assert "| DVRL, num_particles 1 | 0 |" in returns and "| DVRL, num_particles 10 | 0 |" in returns
     assert probes.splitlines()[1:-1] == [
         "| agent | seed | steps | return | last reading | exact filter |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| DVRL, model.num_particles=10 | 0 | 0.40M | -240.0 | 0.3000 | 0.1000 |",
+        "| DVRL, num_particles 10 | 0 | 0.40M | -240.0 | 0.3000 | 0.1000 |",
     ]
     for count, numbers in ((1, {"gradient": 12.34}), (10, {"gradient": 0.5, "particles": 10.0})):
         result = {"env_steps": 400_000, "numbers": numbers}
         (tmp_path / "hike" / str(count) / "causes-5.json").write_text(json.dumps(result))
     assert tables.generate("<!-- table: hike causes -->\n<!-- end -->", tmp_path).splitlines()[1:-1] == [
-        "|  | DVRL, model.num_particles=1, seed 0, 0.40M | DVRL, model.num_particles=10, seed 0, 0.40M |",
+        "|  | DVRL, num_particles 1, seed 0, 0.40M | DVRL, num_particles 10, seed 0, 0.40M |",
         "| --- | --- | --- |",
         "| gradient | 12 | 0.5 |",
         "| particles | - | 10 |",
