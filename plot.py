@@ -16,12 +16,13 @@ OUT = flags.DEFINE_string("out", None, "File name without ending; PNG and SVG ar
 
 
 def main() -> int:
-    from dvrl_jax import plotting, runs
+    from dvrl_jax import config, plotting, runs
 
     paths = [Path(ROOT.value) / number for number in IDS.value] + [Path(name) for name in WORKDIRS.value]
     if not paths:
         raise runs.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
-    loaded = [plotting.load_run(path) for path in paths]
+    defaults = config.flatten(default.get_config())
+    loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)

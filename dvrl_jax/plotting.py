@@ -1,5 +1,6 @@
 """Learning curves from run directories: runs that differ only in their seed become one line with a band."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ UNITS = {
 }
 
 
+KINDS = ("algorithm", "env.name")  # The fields that say what a run is; others follow from them.
+
+
 class Run(NamedTuple):
     """One run: its directory, configuration by dotted names, and metrics lines."""
 
@@ -40,8 +44,8 @@ class Curve(NamedTuple):
     spread: np.ndarray | None
 
 
-def load_run(path: Path) -> Run:
-    """Reads a run directory.
+def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
+    """Reads a run directory; fields younger than the run have their value from `defaults`.
 
     Raises:
         RunError: it is not one, or has no metrics yet; the message lists what there is.
@@ -51,7 +55,7 @@ def load_run(path: Path) -> Run:
         root = path.parent
         found = sorted((p.name for p in root.glob("*") if runs.has_metrics(p)), key=lambda name: (len(name), name))
         raise runs.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
-    return Run(path, fields, runs.read_metrics(path))
+    return Run(path, dict(defaults) | fields, runs.read_metrics(path))
 
 
 def check_metric(loaded: list[Run], name: str) -> None:
@@ -61,29 +65,33 @@ def check_metric(loaded: list[Run], name: str) -> None:
         raise runs.RunError(f"{name}: no such metric; there are {', '.join(sorted(known))}")
 
 
+def _settings(run: Run) -> dict[str, str]:
+    """What makes a run comparable: its fields without seed, length, log and checkpoint settings, as text."""
+    return {k: str(v) for k, v in run.fields.items() if k != "seed" and not config.is_changeable(k)}
+
+
+def varied_fields(loaded: list[Run]) -> list[str]:
+    """The fields in which runs of the same agent and task differ, without seed, length, log and checkpoint settings."""
+    by_kind: dict[tuple, list[dict[str, str]]] = {}
+    for run in loaded:
+        settings = _settings(run)
+        by_kind.setdefault(tuple(settings.get(field) for field in KINDS), []).append(settings)
+    fields = sorted({field for run in loaded for field in _settings(run)})
+    return [f for f in fields if any(len({one.get(f) for one in alike}) > 1 for alike in by_kind.values())]
+
+
 def group_runs(loaded: list[Run]) -> dict[str, list[Run]]:
     """Runs by label; runs that differ in nothing but seed, length, log and checkpoint settings share one.
 
-    The label names the fields in which the groups differ.
+    The label has the agent and the task, where they differ, and the fields in which runs of one agent and task do.
     """
-
-    def essence(run: Run) -> tuple:
-        kept = {k: v for k, v in run.fields.items() if k != "seed" and not config.is_changeable(k)}
-        return tuple(sorted((k, str(v)) for k, v in kept.items()))
-
-    essences = {essence(run) for run in loaded}
-    differing = {field for one in essences for field, value in one if any((field, value) not in e for e in essences)}
-    # The algorithm and the environment say most; a whole list of their consequences would not be read.
-    shown = [f for f in ("algorithm", "env.name") if f in differing] or sorted(differing)
-    names: dict[tuple, str] = {}
-    for one in essences:
-        values = dict(one)
-        names[one] = ", ".join(values[f] if f in ("algorithm", "env.name") else f"{f}={values.get(f)}" for f in shown)
-    if len(set(names.values())) < len(names):
-        names = {one: ", ".join(f"{f}={dict(one).get(f)}" for f in sorted(differing)) for one in essences}
+    kinds = [field for field in KINDS if len({run.fields.get(field) for run in loaded}) > 1]
+    varied = varied_fields(loaded)
     groups: dict[str, list[Run]] = {}
     for run in loaded:
-        groups.setdefault(names[essence(run)] or run.fields["algorithm"], []).append(run)
+        settings = _settings(run)
+        parts = [settings[field] for field in kinds] + [f"{field}={settings.get(field)}" for field in varied]
+        groups.setdefault(", ".join(parts) or run.fields["algorithm"], []).append(run)
     return groups
 
 

@@ -43,7 +43,7 @@ Lines = list[dict[str, Any]]
 def load(folder: Path) -> dict[str, list[plotting.Run]]:
     """The runs below a folder by setting: those of one setting differ in seed and length only.
 
-    A setting's name has the fields in which runs of one agent differ. Fields younger than a run have their default.
+    Fields younger than a run have their default.
     Raises:
         RunError: there is none.
     """
@@ -51,23 +51,15 @@ def load(folder: Path) -> dict[str, list[plotting.Run]]:
     if not paths:
         raise runs.RunError(f"{folder}: holds no runs")
     defaults = config_lib.flatten(default.get_config())
-    loaded = [plotting.load_run(path) for path in paths]
-    loaded = [run._replace(fields=defaults | dict(run.fields)) for run in loaded]
-    agents = sorted({run.fields["algorithm"] for run in loaded}, reverse=True)
-    by_agent = {agent: [run for run in loaded if run.fields["algorithm"] == agent] for agent in agents}
-    varied = [field for field in defaults if any(_varies(field, alike) for alike in by_agent.values())]
+    loaded = [plotting.load_run(path, defaults) for path in paths]
+    loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
+    varied = plotting.varied_fields(loaded)
     settings = {}
-    for agent, alike in by_agent.items():
-        for group in plotting.group_runs(alike).values():
-            name = ", ".join([agent.upper(), *(f"{x.split('.')[-1]} {group[0].fields[x]:g}" for x in varied)])
-            settings[name] = sorted(group, key=lambda run: run.fields["seed"])
+    for group in plotting.group_runs(loaded).values():
+        fields = group[0].fields
+        values = [f"{field.split('.')[-1]} {fields[field]}" for field in varied]
+        settings[", ".join([fields["algorithm"].upper(), *values])] = group
     return settings
-
-
-def _varies(field: str, loaded: list[plotting.Run]) -> bool:
-    return (
-        field != "seed" and not config_lib.is_changeable(field) and len({str(run.fields[field]) for run in loaded}) > 1
-    )
 
 
 def value_at(lines: Lines, metric: str, steps: int) -> float:

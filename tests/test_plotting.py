@@ -37,6 +37,16 @@ def test_the_legend_names_the_fields_that_differ(tmp_path):
     assert set(plotting.group_runs([a, b])) == {"model.num_particles=10", "model.num_particles=30"}
 
 
+def test_the_legend_names_the_agent_and_what_varies_within_one(tmp_path):
+    a = write_run(tmp_path / "1", [1], [1.0], **{"loss.encoding_coef": 0.0})
+    b = write_run(tmp_path / "2", [1], [1.0], **{"loss.encoding_coef": 0.0, "loss.reward_scale": 0.1})
+    c = write_run(tmp_path / "3", [1], [1.0], algorithm="dvrl", **{"loss.encoding_coef": 0.1})
+    a, c = (plotting.load_run(run.path, {"loss.reward_scale": 1.0, "seed": 7}) for run in (a, c))  # Older runs.
+    assert a.fields["loss.reward_scale"] == 1.0 and a.fields["seed"] == 0
+    names = {"rnn, loss.reward_scale=1.0", "rnn, loss.reward_scale=0.1", "dvrl, loss.reward_scale=1.0"}
+    assert set(plotting.group_runs([a, b, c])) == names
+
+
 def test_what_does_not_exist_is_answered_with_what_does(tmp_path):
     run = write_run(tmp_path / "1", [1], [1.0])
     with pytest.raises(runs.RunError, match="holds 1"):
