@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, compilation, training
+from dvrl_jax import command_line, process, training
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
@@ -13,10 +13,11 @@ CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs 
 
 
 def main() -> int:
+    process.use_few_arenas()
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
     run, config = training.prepare(workdir, config, overrides, default.get_config())
-    compilation.spare_threads(config)
+    process.spare_threads(config)
     try:
         training.train(run, config, default.get_config(), CACHE.value)
     except training.Interrupted as stop:

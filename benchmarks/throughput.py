@@ -23,7 +23,7 @@ import ml_collections
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, compilation
+from dvrl_jax import command_line, process
 from dvrl_jax import config as config_lib
 
 FLAGS = flags.FLAGS
@@ -183,7 +183,7 @@ def run_worker(config, kind: str, seconds: float, parts: bool = False) -> dict[s
 def work(job: dict[str, Any]) -> None:
     config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
     if job["kind"] == "ours":
-        compilation.spare_threads(config)
+        process.spare_threads(config)
         result = measure_ours(config, job["seconds"], job["parts"])
     else:
         result = measure_torch(config, job["seconds"])

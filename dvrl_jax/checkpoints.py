@@ -7,7 +7,6 @@ belongs to the episodes under way (`actor`, `window`) is left out, and training 
 """
 
 import contextlib
-import ctypes
 import json
 import zlib
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dvrl_jax import process
 from dvrl_jax.a2c import TrainState
 from dvrl_jax.runs import RunError
 
@@ -90,7 +90,7 @@ class Checkpoints:
         self.wait()
         if int(state.update) in self._manager.all_steps():
             return
-        _return_free_memory()
+        process.return_free_memory()
         # Copies: the state's own buffers are donated to the next call of the training program.
         arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state, with_episodes).items()}
         metrics = {"result.true": float("-inf") if result is None else result}
@@ -242,16 +242,6 @@ class Checkpoints:
         """Waits for what is being written, and reports it if that fails while nothing else has."""
         with self._writing() if not self._failed else contextlib.suppress(Exception):
             self._manager.close()
-
-
-def _return_free_memory() -> None:
-    """Gives freed heap memory back to the system.
-
-    The buffers that checkpoints are written from are freed, but in pieces that glibc keeps: without this, resident
-    memory creeps up from one checkpoint to the next.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function, or no such trouble.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _result(metrics: dict[str, float]) -> float:

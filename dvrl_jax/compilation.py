@@ -1,4 +1,4 @@
-"""How programs are compiled and run: JAX's persistent compilation cache, and the threads of the CPU."""
+"""JAX's persistent compilation cache: a program compiled once starts at once the next time."""
 
 import contextlib
 import os
@@ -8,23 +8,11 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dvrl_jax.config import observation_shape
-
 
 def default_cache_directory() -> Path:
     """The user's cache directory for compiled programs."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "dvrl_jax" / "compiled"
-
-
-def spare_threads(config) -> None:
-    """Gives XLA one CPU thread for a model so small that a second one costs more time than it saves.
-
-    That is the RNN on vectors (`docs/performance.md`). It works before JAX's first computation only, and a number that
-    the user has set (environment variable NPROC, which XLA reads) stays.
-    """
-    if config.algorithm == "rnn" and len(observation_shape(config)) == 1:
-        os.environ.setdefault("NPROC", "1")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,9 @@
-"""The compilation cache holds what it may hold, whatever was compiled before; small models leave threads alone."""
-
-import os
+"""The compilation cache holds what it may hold, whatever was compiled before."""
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from dvrl_jax import compilation
-from tests.tiny import tiny_config, tiny_hike
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -27,21 +23,3 @@ def test_programs_are_cached_only_where_allowed(tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation.compilation_cache.reset_cache()
-
-
-@pytest.mark.parametrize(
-    ("config", "given", "expected"),
-    [
-        (tiny_hike("rnn"), None, "1"),
-        (tiny_hike("rnn"), "2", "2"),
-        (tiny_hike("dvrl"), None, None),
-        (tiny_config("rnn", env__name="Pong", model__channels=(8, 8, 8)), None, None),
-    ],
-)
-def test_only_the_smallest_models_are_given_one_thread(config, given, expected, monkeypatch):
-    monkeypatch.setenv("NPROC", "to be restored after the test")
-    os.environ.pop("NPROC")
-    if given is not None:
-        os.environ["NPROC"] = given
-    compilation.spare_threads(config)
-    assert os.environ.get("NPROC") == expected
