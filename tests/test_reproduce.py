@@ -20,15 +20,16 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 6 + 3 + 6 + 1 + 1 + 9 + 10
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 12 + 3 + 6 + 1 + 1 + 9 + 8
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 56),
+        ([], 60),
         (["hike"], 6),
+        (["hike-scaled"], 6),
         (["atari/Pong"], 2),
         (["atari/*/rnn"], 10),
         (["ablation/particles"], 4),
