@@ -108,7 +108,7 @@ def test_every_file_of_a_checkpoint_spoilt(original, template, states, kind, tmp
         fell_back.add(file.parts[2])
         assert "checkpoint 60 is damaged" in output and output.count("\n") == 1
         assert names == {"20", "40", "60.damaged"} and content(run / "checkpoints" / "60.damaged") == before
-    assert {"state", "extra"} <= fell_back and len(files) > 15
+    assert {"state", "extra"} <= fell_back and len(files) > 10  # How many arrays share a file varies.
     assert kind == "deleted" or "metrics" in fell_back
 
 
