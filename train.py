@@ -13,7 +13,7 @@ CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs 
 
 
 def main() -> int:
-    process.use_few_arenas()
+    process.keep_one_heap()
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
     run, config = training.prepare(workdir, config, overrides, default.get_config())

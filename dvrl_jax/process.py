@@ -1,4 +1,4 @@
-"""What a training process asks of its operating system: threads, and a heap that does not creep up."""
+"""What a training process asks of its operating system: threads, and one heap that is kept."""
 
 import contextlib
 import ctypes
@@ -6,8 +6,12 @@ import os
 
 from dvrl_jax.config import observation_shape
 
-M_ARENA_MAX = -8  # glibc's number for the option of mallopt.
-MOST_ARENAS = 2
+# Options of glibc's mallopt: its number for each and the value, by the environment variable that sets the same.
+HEAP_OPTIONS = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),  # Blocks of at least so many bytes come straight from the system.
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # The heap's free end is never given back, but by `return_free_memory`.
+}
 
 
 def spare_threads(config) -> None:
@@ -20,17 +24,23 @@ def spare_threads(config) -> None:
         os.environ.setdefault("NPROC", "1")
 
 
-def use_few_arenas() -> None:
-    """Lets all threads share two heaps. To be called before they start.
+def keep_one_heap() -> None:
+    """Lets all threads share one heap that is not given back between calls. To be called before they start.
 
     glibc gives each thread a heap of its own, and what checkpoints are copied to and written from moves between
     threads: each heap keeps the most that it ever held, and resident memory rises with every few checkpoints, until
-    all of them have been that full (`docs/reliability.md`). The number that the user has set (environment variable
-    MALLOC_ARENA_MAX) stays.
+    all of them have been that full (`docs/reliability.md`). And it takes large blocks straight from the system and
+    gives them back when they are freed: every call of the compiled program then has the system clear its working
+    memory again, 1 GB for Pong, which costs a tenth of the time (`docs/performance.md`).
+
+    Options that the user has set in the environment (MALLOC_ARENA_MAX, ..., or any in GLIBC_TUNABLES) stay.
     """
-    if "MALLOC_ARENA_MAX" not in os.environ:
+    if "GLIBC_TUNABLES" not in os.environ:
         with _only_with_glibc():
-            ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, MOST_ARENAS)
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for variable, (option, value) in HEAP_OPTIONS.items():
+                if variable not in os.environ:
+                    mallopt(option, value)
 
 
 def return_free_memory() -> None:

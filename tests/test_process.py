@@ -1,4 +1,4 @@
-"""Small models leave threads alone, and many threads share two heaps."""
+"""Small models leave threads alone, and all threads share one heap, which is kept."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ COUNT_HEAPS = """
 import ctypes, sys, threading
 from dvrl_jax import process
 
-process.use_few_arenas()
+process.keep_one_heap()
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype = ctypes.c_void_p
 start = threading.Barrier(32)
@@ -54,11 +54,61 @@ libc.fflush(None)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about glibc")
-@pytest.mark.parametrize(("given", "most"), [(None, process.MOST_ARENAS), ("5", 5)])
-def test_threads_share_heaps(given, most):
-    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
-    environment |= {"MALLOC_ARENA_MAX": given} if given else {}
-    command = [sys.executable, "-c", COUNT_HEAPS]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert 1 < output.count("<heap nr=") <= most
+COUNT_PAGE_FAULTS = """
+import ctypes, resource
+from dvrl_jax import process
+
+process.keep_one_heap()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+
+
+def use(size=2**27):
+    block = ctypes.c_void_p(libc.malloc(size))
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+process.return_free_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+PAGES = 2**27 // os.sysconf("SC_PAGE_SIZE")
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about glibc")
+
+
+def run_with_options(program: str, **options: str) -> str:
+    """What a program prints with these options of malloc's in its environment, and no others."""
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment | options).stdout
+
+
+@on_linux
+@pytest.mark.parametrize(("options", "heaps"), [({}, {1}), ({"MALLOC_ARENA_MAX": "5"}, {2, 3, 4, 5})])
+def test_threads_share_one_heap(options, heaps):
+    assert run_with_options(COUNT_HEAPS, **options).count("<heap nr=") in heaps
+
+
+@on_linux
+def test_large_blocks_are_kept_until_they_are_given_back():
+    kept, given_back = map(int, run_with_options(COUNT_PAGE_FAULTS).split())
+    assert kept < PAGES / 100 and given_back > PAGES / 2
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "options",
+    [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}],
+)
+def test_options_of_the_user_stay(options):
+    kept, _ = map(int, run_with_options(COUNT_PAGE_FAULTS, **options).split())
+    assert kept > 5 * PAGES / 2
