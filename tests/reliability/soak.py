@@ -23,7 +23,7 @@ from dvrl_jax.markdown import table
 
 ROOT = Path(__file__).parent.parent.parent
 INTERVAL = 10.0  # Seconds between samples.
-WARM_UP = 10 * 60.0  # Seconds of each piece that the report leaves out: imports, compiling, the first checkpoints.
+WARM_UP = 10 * 60.0  # Seconds after the first progress of each piece that the report leaves out: the first checkpoint.
 SETTINGS = (
     "--config=configs/pong_dvrl.py",
     "--config.log.interval=50",
@@ -110,13 +110,19 @@ def slope(hours: np.ndarray, values: np.ndarray, blocks: int = 12) -> tuple[floa
     return b, np.sqrt(np.sum((y - b * x) ** 2) / (blocks - 2) / (x @ x))
 
 
+def warmed_up(samples: list[dict]) -> list[dict]:
+    """The samples of a piece after compiling and warming up."""
+    progress = [x["seconds"] for x in samples if x["env_steps"] > samples[0]["env_steps"]]
+    return [x for x in samples if progress and x["seconds"] > progress[0] + WARM_UP]
+
+
 def report(samples: list[dict]) -> str:
     """The report as a Markdown table: a row for each quarter of the time after each piece's warm-up."""
     header = ["piece", "hours", "steps", "resident MB: mean", "least", "most", "handles", "threads"]
     header += ["steps per processor second", "checkpoints", "their MB", "other MB"]
     rows, text = [], []
     for piece in sorted({x["piece"] for x in samples}):
-        warm = [x for x in samples if x["piece"] == piece and x["seconds"] > WARM_UP]
+        warm = warmed_up([x for x in samples if x["piece"] == piece])
         if len(warm) < 48:
             continue
         for quarter in np.array_split(np.arange(len(warm)), 4):
