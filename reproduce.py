@@ -60,7 +60,8 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
     """The metrics of a run that leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"--config.total_env_steps={steps}", f"--config.log.interval={interval}"]
-        settings += ["--config.checkpoint.interval=0", "--config.log.tensorboard=False", f"--workdir={folder}/run"]
+        settings += ["--config.checkpoint.interval=0", "--config.checkpoint.minutes=0"]
+        settings += ["--config.log.tensorboard=False", f"--workdir={folder}/run"]
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
         if train([*experiment.arguments(), *settings]):
             raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")

@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     c.log.predicted_times = (0, 1, 2, 3, 4, 5, 10)  # How many steps ahead those predict; 0 is the reconstruction.
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.interval = 10_000  # Updates between checkpoints; 0 saves only at the end.
+    c.checkpoint.interval = 10_000  # Updates between checkpoints; 0 leaves it to the next field.
+    c.checkpoint.minutes = 30.0  # A checkpoint is also saved if there was none for so long; 0 leaves it to the other.
     c.checkpoint.keep = 3  # How many of the latest checkpoints to keep (the best is kept besides).
     return c

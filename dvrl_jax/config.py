@@ -122,8 +122,9 @@ def _check(c: ConfigDict) -> None:
         require(field, fields[field] >= 1, "at least 1")
     for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
         require(field, fields[field] >= 1, "at least 1")
-    for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "env.observation_std"):
+    for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "checkpoint.minutes"):
         require(field, fields[field] >= 0, "at least 0")
+    require("env.observation_std", c.env.observation_std >= 0, "at least 0")
     for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
         require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
     sizes = ("num_envs", "num_steps", "bptt_segments", "env.frame_skip")

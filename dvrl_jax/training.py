@@ -112,6 +112,7 @@ class _Loop:
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
+        self.saved_at = self.start
 
     def run(self, state: a2c.TrainState) -> a2c.TrainState:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -187,10 +188,14 @@ class _Loop:
         every = self.config.log.save_reconstruction_interval
         if every and update % every == 0:
             self._save_reconstruction(state)
-        every = self.config.checkpoint.interval
-        if is_end or (every and update % every == 0):
+        if is_end or self._is_time_to_save(update):
             self._save(state)
         return state
+
+    def _is_time_to_save(self, update: int) -> bool:
+        every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes
+        waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
+        return waited_long or (every > 0 and update % every == 0)
 
     def _too_many_skipped(self, state: a2c.TrainState) -> runs.RunError:
         names = ", ".join(state.metrics.culprits()) or "the new weights"
@@ -213,6 +218,7 @@ class _Loop:
     def _save(self, state: a2c.TrainState) -> None:
         extra = {"wall_time": self._wall_time()}
         self.saver.save(state, self.with_episodes, state.episodes.summary()["result.true"], extra)
+        self.saved_at = time.monotonic()
 
 
 def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):

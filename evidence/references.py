@@ -140,31 +140,33 @@ def measure(spacing: float, directions: int, episodes: int, seed: int) -> list[R
     return found
 
 
-def share(value: float, known: list[Reference], observation_std: float, best: str = BEST) -> float:
-    """(value - random) / (best - random): 0 for the untrained policy, 1 for the reference `best` at this noise.
+def share(value: float, known: list[Reference], observation_std: float) -> float:
+    """(value - random) / (best - random): 0 for the untrained policy, 1 for the best with readings of this noise.
 
     NaN if there is no reference for this noise.
     """
     means = {(one.name, one.observation_std): one.mean for one in known}
     # Who reads without noise sees the position.
-    top = (SIGHTED, None) if best == SIGHTED or observation_std == 0 else (best, observation_std)
+    top = (SIGHTED, None) if observation_std == 0 else (BEST, observation_std)
     low = means[RANDOM, None]
     return (value - low) / (means.get(top, math.nan) - low)
 
 
 def table(measured: dict[str, Any]) -> str:
     """What `measure_all` returned, as Markdown."""
-    columns = ["return", "planned", "share"]
-    fine = measured["finer"] is not None
-    head = ["reference", "noise", *columns, *(["return, finer", "planned, finer"] if fine else [])]
-    rows = []
     references = [Reference(**fields) for fields in measured["references"]]
+    noises = sorted({0.0, *(one.observation_std for one in references if one.observation_std is not None)})
+    fine = measured["finer"] is not None
+    head = ["reference", "noise", "return", "planned", *(f"share at {noise:g}" for noise in noises)]
+    head += ["return, finer", "planned, finer"] if fine else []
+    rows = []
     finer = [Reference(**fields) for fields in measured["finer"]["references"]] if fine else references
     for one, again in zip(references, finer, strict=True):
-        noise = "any" if one.observation_std is None else f"{one.observation_std:g}"
-        part = f"{share(one.mean, references, 0.0, SIGHTED):.3f}"
+        name = "any" if one.observation_std is None else f"{one.observation_std:g}"
+        means_it = lambda noise, one=one: one.observation_std in (None, noise)
+        shares = [f"{share(one.mean, references, noise):.3f}" if means_it(noise) else "-" for noise in noises]
         more = [_mean(again), _planned(again)] if fine else []
-        rows.append([one.name, noise, _mean(one), _planned(one), part, *more])
+        rows.append([one.name, name, _mean(one), _planned(one), *shares, *more])
     return markdown.table(head, rows)
 
 

@@ -6,6 +6,7 @@
 A table stands between two comments, and is replaced by what the named files under docs/results say:
 
     <!-- table: mountain_hike -->         returns and encoding losses of all runs below that folder
+    <!-- table: pong course -->           how losses and returns of all runs below that folder went
     <!-- table: mountain_hike probes -->  their probe-<update>.json
     <!-- table: mountain_hike causes -->  their causes-<update>.json
     <!-- table: references.json -->       the references
@@ -31,11 +32,24 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
 BEGIN = re.compile(r"^<!-- table: ", re.M)
-BLOCK = re.compile(r"^(<!-- table: (\S+)(?: (probes|causes))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
+BLOCK = re.compile(r"^(<!-- table: (\S+)(?: (course|probes|causes))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
 RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
 LAST = 500_000  # The end of a run is judged by its returns over so many steps.
 ENCODING_AFTER = 360_000  # By then the encoding loss has come down from its start.
+
+COURSE = (  # What the course of a run is followed by, with the decimals shown.
+    ("result.true", 2),
+    ("loss.encoding", 0),
+    ("loss.emission.mean", 0),
+    ("loss.prior.mean", 2),
+    ("particles.killed", 1),
+    ("loss.value", 3),
+    ("loss.entropy", 3),
+    ("gradient.norm", 2),
+    ("obs.avg_nr_observed", 3),
+)
+STATIONS = 8  # Rows of a course after the first line.
 
 Lines = list[dict[str, Any]]
 
@@ -73,9 +87,10 @@ def value_at(lines: Lines, metric: str, steps: int) -> float:
 def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]:
     """A row's numbers: returns, the share of what can be reached, encoding loss, hours, steps per second."""
     lines = run.lines
-    returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT] + runs.column(lines[-1:], "result.true")
+    returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT]
     late = runs.column([line for line in lines if line["env_steps"] > lines[-1]["env_steps"] - LAST], "result.true")
-    returns.append(statistics.fmean(x for x in late if not math.isnan(x)))
+    late = [x for x in late if not math.isnan(x)]
+    returns += [min(late), statistics.fmean(late)]
     share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
     settled = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
     encoding = math.nan
@@ -93,8 +108,18 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
     """A row per run and, where there are several seeds, their mean and standard error."""
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
-    end = f"mean of the last {LAST / 1e6:.1f}M"
-    head = ["agent", "seed", "steps", *at, "at the end", end, "share", "encoding loss at the end (nats)", most]
+    end = f"of the last {LAST / 1e6:.1f}M"
+    head = [
+        "agent",
+        "seed",
+        "steps",
+        *at,
+        f"worst {end}",
+        f"mean {end}",
+        "share",
+        "encoding loss at the end (nats)",
+        most,
+    ]
     head, rows = [*head, "hours", "steps/s"], []
     for name, group in load(folder).items():
         found = [numbers(run, known) for run in group]
@@ -106,6 +131,20 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
             cells = [_mean(column, digits) for column, digits in zip(zip(*found, strict=True), DIGITS, strict=True)]
             rows.append([name, "mean", lengths[0] if len(set(lengths)) == 1 else "-", *cells])
     return markdown.table(head, rows)
+
+
+def course_table(folder: Path) -> str:
+    """Rows per run: its first line, and the last line within each of `STATIONS` equal parts of it."""
+    rows = []
+    for setting, group in load(folder).items():
+        for run in group:
+            last = run.lines[-1]["env_steps"]
+            within = [[x for x in run.lines if x["env_steps"] <= last * i // STATIONS] for i in range(STATIONS + 1)]
+            stations = {line["update"]: line for line in (run.lines[0], *(lines[-1] for lines in within if lines))}
+            for line in stations.values():
+                cells = [_number(runs.column([line], name)[0], digits) for name, digits in COURSE]
+                rows.append([setting, str(run.fields["seed"]), f"{line['env_steps']:,}", *cells])
+    return markdown.table(["agent", "seed", "steps", *(name for name, _ in COURSE)], rows)
 
 
 def measured(folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -181,7 +220,8 @@ def generate(text: str, results: Path = RESULTS) -> str:
             references.load(path)
             made = references.table(json.loads(path.read_text()))
         else:
-            made = {"probes": probes_table, "causes": causes_table}[kind](path) if kind else returns_table(path, known)
+            kinds = {"course": course_table, "probes": probes_table, "causes": causes_table}
+            made = kinds[kind](path) if kind else returns_table(path, known)
         return f"{begin}{made}{end}"
 
     return BLOCK.sub(table, text)

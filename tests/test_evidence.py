@@ -319,11 +319,11 @@ def test_tables_hold_what_the_files_say(tmp_path):
     page = "before\n<!-- table: hike -->\nold\n<!-- end -->\nafter\n"
     made = tables.generate(page, tmp_path)
     assert made.splitlines()[4:-2] == [
-        "| RNN | 0 | 2.40M | -250.0 | -210.0 | -160.0 | -150.0 | -155.0 | 0.47 | - | - | 0.33 | 2000 |",
-        "| RNN | 1 | 2.40M | -250.0 | -200.0 | -180.0 | -170.0 | -175.0 | 0.38 | - | - | 0.33 | 2000 |",
-        "| RNN | mean | 2.40M | -250.0 ± 0.0 | -205.0 ± 5.0 | -170.0 ± 10.0 | -160.0 ± 10.0 | -165.0 ± 10.0 "
+        "| RNN | 0 | 2.40M | -250.0 | -210.0 | -160.0 | -160.0 | -155.0 | 0.47 | - | - | 0.33 | 2000 |",
+        "| RNN | 1 | 2.40M | -250.0 | -200.0 | -180.0 | -180.0 | -175.0 | 0.38 | - | - | 0.33 | 2000 |",
+        "| RNN | mean | 2.40M | -250.0 ± 0.0 | -205.0 ± 5.0 | -170.0 ± 10.0 | -170.0 ± 10.0 | -165.0 ± 10.0 "
         "| 0.42 ± 0.05 | - | - | 0.33 ± 0.00 | 2000 ± 0 |",
-        "| DVRL | 0 | 1.20M | -250.0 | -230.0 | - | -230.0 | -235.0 | 0.07 | 5.50 | 12.00 | 0.17 | 2000 |",
+        "| DVRL | 0 | 1.20M | -250.0 | -230.0 | - | -240.0 | -235.0 | 0.07 | 5.50 | 12.00 | 0.17 | 2000 |",
     ]
     assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n") and "old" not in made
     assert tables.generate(made, tmp_path) == made
@@ -355,6 +355,25 @@ def test_settings_have_rows_and_what_was_measured_of_them_has_tables(tmp_path):
         "| --- | --- | --- |",
         "| gradient | 12 | 0.5 |",
         "| particles | - | 10 |",
+    ]
+
+
+def test_the_course_of_a_run_is_its_first_line_and_the_last_of_each_part(tmp_path):
+    write_run(tmp_path / "hike" / "a", "dvrl", 3, [None, *(-25.0 * i for i in range(12))], [12.4] * 13)
+    head, _, *rows = tables.generate("<!-- table: hike course -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
+    assert head.startswith("| agent | seed | steps | result.true | loss.encoding | loss.emission.mean |")
+    assert [row.split(" | ")[1:5] for row in rows] == [
+        ["3", f"{400_000 * line:,}", "-" if line == 1 else f"{-25.0 * (line - 2):.2f}", "12"]
+        for line in (
+            1,
+            3,
+            4,
+            6,
+            8,
+            9,
+            11,
+            13,
+        )  # Of 13 lines, a part of 13/8 begins with the first: it is not shown twice.
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import config as config_lib
-from dvrl_jax import evaluation, runs
+from dvrl_jax import evaluation, runs, training
 from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,15 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm):
     lines = untimed(runs.read_metrics(tmp_path / "parts"))
     assert lines == untimed(runs.read_metrics(tmp_path / "straight"))
     assert [line["update"] for line in lines] == [10, 20, 30, 40, 50, 60, 66]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, ["1", "3", "7", "10", "20"]), (0.0, ["20"]), (30.0, ["20"])])
+def test_time_alone_makes_checkpoints_too(tmp_path, minutes, saved, monkeypatch):
+    """After every call of the program that ends later than so many minutes after the last checkpoint."""
+    monkeypatch.setattr(training, "MAX_CALL_SECONDS", 1e9)  # Calls double in length up to the next log line.
+    config = tiny_hike("rnn", checkpoint__minutes=minutes, checkpoint__keep=100)
+    train(tmp_path, config, total_env_steps=20 * STEPS_PER_UPDATE)
+    assert sorted((path.name for path in (tmp_path / "checkpoints").iterdir()), key=int) == saved
 
 
 def test_lines_after_the_checkpoint_are_written_once(tmp_path):

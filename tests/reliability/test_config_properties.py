@@ -113,6 +113,7 @@ VALID = {
     "log.save_reconstruction_interval": st.just(0),
     "log.predicted_times": st.lists(st.integers(0, 10), min_size=1, max_size=3).map(tuple),
     "checkpoint.interval": st.integers(0, 3),
+    "checkpoint.minutes": st.sampled_from([0.0, 1e-9, 30.0]),
     "checkpoint.keep": SIZES,
 }
 
