@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.model.policy_batch_norm = False  # Batch normalisation of what actor and critic see.
     c.model.detach_encoder = False  # Train the belief by the ELBO alone.
     c.model.resample = True  # Resample particles (always off when loss.encoding_coef is 0).
-    c.model.obs_loss_coef = 0.0  # Weight of the observation prediction loss (RNN).
+    c.model.obs_loss_coef = 0.0  # Observation prediction loss (RNN); loss.encoding_coef weighs it too.
 
     c.loss = ConfigDict()
     c.loss.gamma = 0.99  # Discount per environment step.
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     c.loss.value_coef = 0.5  # Weight of the value loss.
     c.loss.action_coef = 1.0  # Weight of the policy gradient loss.
     c.loss.entropy_coef = 0.01  # Weight of the entropy bonus.
-    c.loss.encoding_coef = 0.0  # Weight of the encoding loss (-ELBO).
+    c.loss.encoding_coef = 0.0  # Weight of the encoding loss (-ELBO; for an RNN its observation loss).
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "rmsprop"  # "rmsprop" or "adam".

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, compilation, envs
+from dvrl_jax import a2c, compilation, envs, reporting
 from dvrl_jax import config as config_lib
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
+from dvrl_jax.runs import RunError
 
 Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
 
@@ -57,6 +58,9 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
     An update is `config.num_steps` steps in each environment. `train` returns the final `TrainState` and a list of
     metrics, one dict per `config.log.interval` updates under the names of metrics.jsonl. With a `state` that it
     returned before, it continues from there; that state's buffers are donated and cannot be used again.
+
+    Raises:
+        RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite.
     """
     learner = a2c.make_learner(config, env)
     program = jax.jit(learner.run, donate_argnums=0)
@@ -70,6 +74,8 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
             while (update := int(state.update)) < end:
                 count = min(end - update, config.log.interval - update % config.log.interval)
                 state = program(state, jnp.int32(count))
+                if int(state.skipped_in_row) >= config.max_skipped_updates:
+                    raise RunError(reporting.why_stopped(state))
                 if int(state.update) % config.log.interval == 0:
                     line = {"update": int(state.update), "env_steps": int(state.env_steps)}
                     history.append(line | state.episodes.summary() | state.metrics.means())

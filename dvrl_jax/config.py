@@ -160,7 +160,8 @@ def _check(c: ConfigDict) -> None:
     if c.algorithm == "rnn":
         predicts = c.model.obs_loss_coef > 0 or c.log.save_reconstruction_interval == 0
         require("log.save_reconstruction_interval", predicts, _RNN_RECONSTRUCTION)
-        require("loss.encoding_coef", c.loss.encoding_coef == 0 or c.model.obs_loss_coef > 0, _RNN_ENCODING)
+        learns = (c.loss.encoding_coef > 0) == (c.model.obs_loss_coef > 0)
+        require("loss.encoding_coef", learns, _RNN_ENCODING if c.model.obs_loss_coef == 0 else _RNN_NO_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
     if c.env.name != "MountainHike":
@@ -176,6 +177,7 @@ def _check(c: ConfigDict) -> None:
 
 
 _RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
+_RNN_NO_ENCODING = "greater than 0 for an RNN with model.obs_loss_coef, whose observation loss it multiplies too"
 _RNN_RECONSTRUCTION = "0 for an RNN without model.obs_loss_coef, which predicts nothing"
 
 

@@ -110,14 +110,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Plays `episodes` games with a run's checkpoint; returns and stores the summary in the run's directory.
 
-    The file is `evaluation-<update>.json`.
+    The file is `evaluation-<update>-seed<seed>.json`, or `evaluation-<update>-greedy-seed<seed>.json`.
     """
     config = read_run_config(path, default)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = load_agent(path, config, env, checkpoint)
     games = play(agent, env, jax.random.PRNGKey(seed), greedy)
     summary = {"update": update, "greedy": greedy, "seed": seed} | games.summary()
-    (path / f"evaluation-{update}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    kind = "-greedy" if greedy else ""
+    (path / f"evaluation-{update}{kind}-seed{seed}.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 

@@ -1,5 +1,6 @@
 """Playing with given weights, outside of training: evaluations, videos and probes are all made of these turns."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ def play(
     """
     graphdef, weights = nnx.split(agent)
 
-    def step(actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, Any]:
+    def step(weights: nnx.State, actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, Any]:
         player = bind(graphdef, weights)
         turn_key, keep_key = jax.random.split(key)
         actor, turn = take_turn(player, env, actor, turn_key, greedy)
@@ -82,8 +83,10 @@ def play(
     reset_key, turns_key = jax.random.split(key)
     actor = a2c.first_actor(agent, env.reset(reset_key))
     keys_of = lambda call: jax.random.split(jax.random.fold_in(turns_key, call), steps_per_call)
+    # The weights are an argument: one program, compiled once, plays every checkpoint.
+    many = lambda weights, actor, keys: jax.lax.scan(functools.partial(step, weights), actor, keys)
     with compilation.cached(env.restorable):
-        program = jax.jit(lambda actor, keys: jax.lax.scan(step, actor, keys)).lower(actor, keys_of(0)).compile()
+        program = jax.jit(many).lower(weights, actor, keys_of(0)).compile()
     for call in itertools.count():
-        actor, kept = program(actor, keys_of(call))
+        actor, kept = program(weights, actor, keys_of(call))
         yield jax.tree.map(np.asarray, kept)

@@ -9,7 +9,9 @@ from dvrl_jax.config import observation_shape
 # Options of glibc's mallopt: its number for each and the value, by the environment variable that sets the same.
 HEAP_OPTIONS = {
     "MALLOC_ARENA_MAX": (-8, 1),
-    "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),  # Blocks of at least so many bytes come straight from the system.
+    # Blocks of at least so many bytes come straight from the system. Where that is too much, glibc is older than 2.35
+    # and refuses it, and its own rule for large blocks, which any option would end, is the better one.
+    "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),
     "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # The heap's free end is never given back, but by `return_free_memory`.
 }
 
@@ -39,8 +41,8 @@ def keep_one_heap() -> None:
         with _only_with_glibc():
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             for variable, (option, value) in HEAP_OPTIONS.items():
-                if variable not in os.environ:
-                    mallopt(option, value)
+                if variable not in os.environ and not mallopt(option, value):
+                    break
 
 
 def return_free_memory() -> None:

@@ -19,7 +19,8 @@ class EpisodeStatistics(NamedTuple):
     """Returns of the episodes under way and of the last `RESULT_WINDOW` finished ones.
 
     Attributes:
-        clipped, length: [B] reward (as learned from) and number of transitions of the episode under way.
+        clipped, length: [B] reward (as learned from, but for `loss.reward_scale`) and number of transitions of the
+            episode under way.
         true: [B] unclipped return of the game under way (several episodes, where a life is an episode).
         finished: [RESULT_WINDOW] clipped returns of finished episodes, a ring. lengths: [RESULT_WINDOW] their lengths.
         num_finished: how many episodes finished since the start of training.

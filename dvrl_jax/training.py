@@ -3,11 +3,13 @@
 import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, checkpoints, compilation, envs, loggers, networks, reconstructions, reporting, runs
@@ -45,6 +47,8 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     if given is not None:
         # A configuration file for something else is a mistake, whatever else it sets.
         wanted |= {"algorithm": given.algorithm, "env.name": given.env.name}
+        settled = config_lib.flatten(given)  # What follows from other fields was settled in the stored one too.
+        wanted = {field: settled[field] for field in wanted if field in settled}
     fields = config_lib.flatten(config)
     for field, value in wanted.items():
         if fields[field] != value and not config_lib.is_changeable(field):
@@ -64,11 +68,12 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
-    env = envs.make_env(config.env, config.num_envs, config.seed)
-    learner = a2c.make_learner(config, env)
-    with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
-        state = learner.init(jax.random.PRNGKey(config.seed))
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
+        seed = _seed_of_episodes(config.seed, saver.latest or 0)
+        env = envs.make_env(config.env, config.num_envs, seed)
+        learner = a2c.make_learner(config, env)
+        with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
+            state = learner.init(jax.random.PRNGKey(seed))
         _describe(run, config, default, state)
         wall_time = 0.0
         restored = saver.restore(state)
@@ -90,12 +95,30 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
             return _Loop(run, config, learner, saver, log, env.restorable, wall_time, use_cache).run(state)
 
 
+def _seed_of_episodes(seed: int, update: int) -> int:
+    """The seed of what a run begins with: at first its own; of the episodes that begin when it is resumed, another."""
+    if update == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, update]).generate_state(1)[0]) % 2**31
+
+
 def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
     print(config_lib.describe(config, default))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
     print(f"{networks.count_parameters(state.params):,} parameters, on {device.platform} ({device.device_kind})")
     print(flush=True)
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM are answered by `handler`."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class _Loop:
@@ -115,26 +138,23 @@ class _Loop:
         self.saved_at = self.start
 
     def run(self, state: a2c.TrainState) -> a2c.TrainState:
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
-        try:
-            return self._run(state, progress)
-        finally:
-            progress.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with contextlib.closing(progress):
+            began = time.monotonic()
+            # Compile ahead, so that compile time is known as such and no step is taken by it. There is nothing to save
+            # yet, and Python would answer no signal before the compiler returns: let the system answer.
+            with _signals(signal.SIG_DFL), compilation.cached(self.use_cache):
+                program = self.program.lower(state, jnp.int32(1)).compile()
+            with _signals(self._on_signal):
+                progress.say(f"compiled in {time.monotonic() - began:.1f} s")
+                progress.restart_clock()
+                return self._run(program, state, progress)
 
     def _on_signal(self, signum, frame) -> None:
         del frame
         self.signum = signum
 
-    def _run(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
-        began = time.monotonic()
-        # Compile ahead, so that compile time is known as such and no step is taken by it.
-        with compilation.cached(self.use_cache):
-            program = self.program.lower(state, jnp.int32(1)).compile()
-        progress.say(f"compiled in {time.monotonic() - began:.1f} s")
-        progress.restart_clock()
+    def _run(self, program: jax.stages.Compiled, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
         limit = 1  # Updates per call; grows to what MAX_CALL_SECONDS allow.
         self.line_steps = int(state.env_steps)
         while (remaining := self._remaining_updates(state)) > 0 and self.signum is None:
@@ -198,12 +218,8 @@ class _Loop:
         return waited_long or (every > 0 and update % every == 0)
 
     def _too_many_skipped(self, state: a2c.TrainState) -> runs.RunError:
-        names = ", ".join(state.metrics.culprits()) or "the new weights"
-        return runs.RunError(
-            f"{self.run_directory.path}: stopped at update {int(state.update):,} ({int(state.env_steps):,} steps), "
-            f"because in {int(state.skipped_in_row):,} updates in a row (max_skipped_updates) {names} were not finite; "
-            f"nothing was saved now, {self.saver.last_good()}"
-        )
+        why = reporting.why_stopped(state)
+        return runs.RunError(f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}")
 
     def _save_reconstruction(self, state: a2c.TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})

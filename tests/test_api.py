@@ -10,6 +10,7 @@ import pytest
 
 import dvrl_jax
 from dvrl_jax.config import ConfigError
+from dvrl_jax.runs import RunError
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_dim": 4, "log__interval": 2}
@@ -43,6 +44,14 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
         np.testing.assert_array_equal(a, b)
     agent = dvrl_jax.trained_agent(config, env, both)
     assert agent.use_running_average
+
+
+def test_training_that_diverges_stops_and_says_why():
+    broken = {"optimizer__learning_rate": 1e38, "max_skipped_updates": 5}
+    config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL, **broken)
+    train = dvrl_jax.make_train(config, dvrl_jax.make_env(config))
+    with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were not finite$"):
+        train(num_updates=50)
 
 
 def test_the_notebook_runs(monkeypatch):

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import envpool
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 
 from configs import atari_dvrl, atari_rnn, default
 from dvrl_jax import a2c
-from dvrl_jax.envs import ActionSpec, EnvState, Flicker, MountainHike, make_env
+from dvrl_jax.envs import ActionSpec, EnvState, Flicker, MountainHike, atari, make_env
 from dvrl_jax.envs.atari import Atari, make_pool
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
 from tests.golden import Recording
@@ -94,9 +93,9 @@ def frostbite():
 
 @pytest.fixture(scope="module")
 def cut_off():
-    """Breakout whose games are cut off after 60 steps, most of them in the middle of a life."""
+    """Breakout whose games are cut off after 60 steps of 4 frames, most of them in the middle of a life."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(envpool, "make_gymnasium", functools.partial(envpool.make_gymnasium, max_episode_steps=60))
+        patch.setattr(atari, "MAX_FRAMES", 60 * 4)
         return play("Breakout", 400, num_envs=4)
 
 

@@ -25,6 +25,18 @@ def recorded_episodes(discrete: bool) -> Recording:
     return Recording(obs, rng.normal(size=(steps, NUM_ENVS)).astype(np.float32), done, ActionSpec(discrete, 2))
 
 
+def off_the_kink(params):
+    """The weights, moved a little.
+
+    Fresh biases are 0: where all environments took the same action, batch norm leaves of it what the rounding of a
+    mean leaves, and on which side of a ReLU's kink that lies is decided by the compiler.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(7), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
 def window_of(learner, state, num_segments):
     """Acts for `num_segments` segments with fixed weights; returns what each did, and the windows."""
     gradient = jax.jit(learner.gradient)
@@ -80,6 +92,7 @@ def case(request):
     config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm=bool(norm))
     learner = a2c.make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(3))
+    state = state._replace(params=off_the_kink(state.params))
     results, windows = window_of(learner, state, MOST_SEGMENTS)
     agent = nnx.merge(learner.graphdef, state.params, state.batch_stats)
     return config, env, learner, state, agent, results, windows

@@ -54,6 +54,21 @@ def test_an_impossible_value_is_named(field, value, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_rnn_has_both_weights_of_its_observation_loss_or_none():
+    for values, message in [
+        ({"model.obs_loss_coef": 1.0}, "loss.encoding_coef = 0.0: must be greater than 0 .* model.obs_loss_coef"),
+        ({"loss.encoding_coef": 0.1}, "loss.encoding_coef = 0.1: must be 0 for an RNN without model.obs_loss_coef"),
+        ({"model.obs_loss_coef": 1.0, "loss.encoding_coef": 0.1}, None),
+    ]:
+        config = importlib.import_module("configs.mountain_hike_rnn").get_config()
+        config.update_from_flattened_dict(values)
+        if message is None:
+            config_lib.finalise(config)
+            continue
+        with pytest.raises(config_lib.ConfigError, match=message):
+            config_lib.finalise(config)
+
+
 def test_stored_configurations_are_checked():
     for values, message in [({"modle.h_dim": 3}, "did you mean model.h_dim"), ({"seed": "x"}, "seed = 'x'")]:
         with pytest.raises(config_lib.ConfigError, match=message):

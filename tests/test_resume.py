@@ -75,6 +75,19 @@ def test_own_config_is_kept_and_contradictions_are_refused(tmp_path):
     assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10, 15, 20]
 
 
+def test_episodes_after_a_resume_are_others_than_at_the_start():
+    seeds = [training._seed_of_episodes(seed, update) for seed in (0, 1) for update in (0, 100, 200)]
+    assert seeds[0] == 0 and seeds[3] == 1  # A run's own seed is what a new run begins with.
+    assert len(set(seeds)) == 6 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_the_same_command_goes_on_though_a_field_follows_from_another(tmp_path):
+    config = tiny_hike("dvrl", loss__encoding_coef=0.0)
+    for steps in (200, 400):
+        state = train(tmp_path, config, total_env_steps=steps, model__resample=True)
+    assert int(state.update) == 20 and runs.read_config(tmp_path)["model.resample"] is False
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200)
@@ -148,7 +161,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     summary = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert summary["update"] == best and summary["episodes"] == 7
     assert summary["lengths"] == [75] * 7
-    assert json.loads((tmp_path / f"evaluation-{best}.json").read_text()) == summary
+    assert json.loads((tmp_path / f"evaluation-{best}-seed3.json").read_text()) == summary
     again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary
     with pytest.raises(runs.RunError, match="there are"):

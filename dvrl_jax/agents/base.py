@@ -42,7 +42,7 @@ class UpdateInfo(NamedTuple):
     Attributes:
         trace: pytree, what `transition` needs to take the step again; no gradient passes.
         encoding_loss: [B] loss that trains the belief itself (-ELBO for DVRL).
-        metrics: scalars or [B] arrays by metric name.
+        metrics: [B] arrays by metric name.
     """
 
     trace: Any

@@ -17,6 +17,7 @@ Array = jax.Array
 FRAME_SIZE = 84
 STICKY_ACTIONS = 0.25
 MAX_NOOPS = 30
+MAX_FRAMES = 108_000  # Of the emulator, half an hour: a longer game is cut off, as is usual for Atari.
 
 
 def game_names() -> list[str]:
@@ -36,6 +37,7 @@ def make_pool(game: str, num_envs: int, seed: int, frame_skip: int):
         seed=seed,
         stack_num=1,
         frame_skip=frame_skip,
+        max_episode_steps=MAX_FRAMES // frame_skip,
         noop_max=MAX_NOOPS,
         use_fire_reset=True,
         episodic_life=True,

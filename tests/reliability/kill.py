@@ -99,6 +99,7 @@ def kill_at_start(process: Process, rng: random.Random) -> str:
 
 def kill_in_training(process: Process, rng: random.Random) -> str:
     process.wait_for_training()
+    process.wait_for(lambda: bool(complete_checkpoints(process.workdir)))  # On a slow machine, the first takes a while.
     time.sleep(rng.uniform(0, 3))
     process.kill()
     return "in training"
