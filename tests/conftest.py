@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
             "--xla_backend_optimization_level=0",
             "--xla_llvm_disable_expensive_passes=true",
             "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",  # The workers share the processors already.
         ]
     )
 
