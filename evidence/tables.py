@@ -89,7 +89,7 @@ def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]
     lines = run.lines
     returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT]
     late = runs.column([line for line in lines if line["env_steps"] > lines[-1]["env_steps"] - LAST], "result.true")
-    late = [x for x in late if not math.isnan(x)]
+    late = [x for x in late if not math.isnan(x)] or [math.nan]
     returns += [min(late), statistics.fmean(late)]
     share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
     settled = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
@@ -191,7 +191,9 @@ def _millions(steps: int) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.1e}"
 
 
 def _mean(values: tuple[float, ...], digits: int) -> str:
