@@ -122,9 +122,10 @@ def _check(c: ConfigDict) -> None:
         require(field, fields[field] >= 1, "at least 1")
     for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
         require(field, fields[field] >= 1, "at least 1")
-    for field in ("model.action_encoding", "model.obs_loss_coef", "checkpoint.interval", "checkpoint.minutes"):
+    for field in ("env.observation_std", "model.action_encoding", "model.obs_loss_coef"):
         require(field, fields[field] >= 0, "at least 0")
-    require("env.observation_std", c.env.observation_std >= 0, "at least 0")
+    for field in ("checkpoint.interval", "checkpoint.minutes"):
+        require(field, fields[field] >= 0, "at least 0")
     for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
         require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
     sizes = ("num_envs", "num_steps", "bptt_segments", "env.frame_skip")
@@ -160,8 +161,10 @@ def _check(c: ConfigDict) -> None:
     if c.algorithm == "rnn":
         predicts = c.model.obs_loss_coef > 0 or c.log.save_reconstruction_interval == 0
         require("log.save_reconstruction_interval", predicts, _RNN_RECONSTRUCTION)
-        learns = (c.loss.encoding_coef > 0) == (c.model.obs_loss_coef > 0)
-        require("loss.encoding_coef", learns, _RNN_ENCODING if c.model.obs_loss_coef == 0 else _RNN_NO_ENCODING)
+        if c.model.obs_loss_coef == 0:
+            require("loss.encoding_coef", c.loss.encoding_coef == 0, _RNN_ENCODING)
+        else:
+            require("loss.encoding_coef", c.loss.encoding_coef > 0, _RNN_NO_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
     if c.env.name != "MountainHike":

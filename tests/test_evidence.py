@@ -362,18 +362,10 @@ def test_the_course_of_a_run_is_its_first_line_and_the_last_of_each_part(tmp_pat
     write_run(tmp_path / "hike" / "a", "dvrl", 3, [None, *(-25.0 * i for i in range(12))], [12.4] * 13)
     head, _, *rows = tables.generate("<!-- table: hike course -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
     assert head.startswith("| agent | seed | steps | result.true | loss.encoding | loss.emission.mean |")
+    # Of 13 lines, a part of 13/8 begins with the first: it is not shown twice.
     assert [row.split(" | ")[1:5] for row in rows] == [
         ["3", f"{400_000 * line:,}", "-" if line == 1 else f"{-25.0 * (line - 2):.2f}", "12"]
-        for line in (
-            1,
-            3,
-            4,
-            6,
-            8,
-            9,
-            11,
-            13,
-        )  # Of 13 lines, a part of 13/8 begins with the first: it is not shown twice.
+        for line in (1, 3, 4, 6, 8, 9, 11, 13)
     ]
 
 
