@@ -13,11 +13,10 @@ CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs 
 
 
 def main() -> int:
-    process.keep_one_heap()
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
     run, config = training.prepare(workdir, config, overrides, default.get_config())
-    process.spare_threads(config)
+    process.prepare(config)
     try:
         training.train(run, config, default.get_config(), CACHE.value)
     except training.Interrupted as stop:

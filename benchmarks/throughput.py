@@ -183,8 +183,7 @@ def run_worker(config, kind: str, seconds: float, parts: bool = False) -> dict[s
 def work(job: dict[str, Any]) -> None:
     config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
     if job["kind"] == "ours":
-        process.keep_one_heap()  # As `train.py` does.
-        process.spare_threads(config)
+        process.prepare(config)  # As `train.py` does.
         result = measure_ours(config, job["seconds"], job["parts"])
     else:
         result = measure_torch(config, job["seconds"])

@@ -16,6 +16,14 @@ HEAP_OPTIONS = {
 }
 
 
+def prepare(config) -> None:
+    """Settles what a process that trains `config` asks of its system; to be called before JAX's first computation."""
+    spare_threads(config)
+    # Only DVRL on images has a large working memory. To the many short operations of other models one heap is a loss.
+    if config.algorithm == "dvrl" and len(observation_shape(config)) == 3:
+        keep_one_heap()
+
+
 def spare_threads(config) -> None:
     """Gives XLA one CPU thread for a model so small that a second one costs more time than it saves.
 
@@ -33,7 +41,10 @@ def keep_one_heap() -> None:
     threads: each heap keeps the most that it ever held, and resident memory rises with every few checkpoints, until
     all of them have been that full (`docs/reliability.md`). And it takes large blocks straight from the system and
     gives them back when they are freed: every call of the compiled program then has the system clear its working
-    memory again, 1 GB for Pong, which costs a tenth of the time (`docs/performance.md`).
+    memory again, 1 GB for Pong with DVRL, which costs a tenth of the time (`docs/performance.md`).
+
+    It has a price: the compiler, which shares the heap too, leaves its free memory in small pieces, and to find a place
+    among them takes long.
 
     Options that the user has set in the environment (MALLOC_ARENA_MAX, ..., or any in GLIBC_TUNABLES) stay.
     """

@@ -28,6 +28,22 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, expected, 
     assert os.environ.get("NPROC") == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "is_kept"),
+    [
+        (tiny_config("dvrl", env__name="Pong", model__channels=(8, 8, 8)), True),
+        (tiny_config("rnn", env__name="Pong", model__channels=(8, 8, 8)), False),
+        (tiny_hike("dvrl"), False),
+    ],
+)
+def test_one_heap_is_kept_where_working_memory_is_large(config, is_kept, monkeypatch):
+    called = []
+    monkeypatch.setattr(process, "keep_one_heap", lambda: called.append(True))
+    monkeypatch.setattr(process, "spare_threads", lambda config: None)
+    process.prepare(config)
+    assert bool(called) == is_kept
+
+
 COUNT_HEAPS = """
 import ctypes, sys, threading
 from dvrl_jax import process
