@@ -17,21 +17,25 @@ HEAP_OPTIONS = {
 
 
 def prepare(config) -> None:
-    """Settles what a process that trains `config` asks of its system; to be called before JAX's first computation."""
-    spare_threads(config)
-    # Only DVRL on images has a large working memory. To the many short operations of other models one heap is a loss.
-    if config.algorithm == "dvrl" and len(observation_shape(config)) == 3:
+    """Settles what a process that trains `config` asks of its system; to be called before JAX's first computation.
+
+    The smallest model, the RNN on vectors, gets one thread. Only the largest, DVRL on images, has so much working
+    memory that a kept heap pays: to the many short operations of the others it is a loss (`docs/performance.md`).
+    """
+    is_image = len(observation_shape(config)) == 3
+    if config.algorithm == "rnn" and not is_image:
+        spare_threads()
+    if config.algorithm == "dvrl" and is_image:
         keep_one_heap()
 
 
-def spare_threads(config) -> None:
-    """Gives XLA one CPU thread for a model so small that a second one costs more time than it saves.
+def spare_threads() -> None:
+    """Gives XLA one CPU thread, for a model so small that a second one costs more time than it saves.
 
-    That is the RNN on vectors (`docs/performance.md`). It works before JAX's first computation only, and a number that
-    the user has set (environment variable NPROC, which XLA reads) stays.
+    It works before JAX's first computation only, and a number that the user has set (environment variable NPROC, which
+    XLA reads) stays.
     """
-    if config.algorithm == "rnn" and len(observation_shape(config)) == 1:
-        os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("NPROC", "1")
 
 
 def keep_one_heap() -> None:

@@ -24,7 +24,7 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, expected, 
     os.environ.pop("NPROC")
     if given is not None:
         os.environ["NPROC"] = given
-    process.spare_threads(config)
+    process.prepare(config)
     assert os.environ.get("NPROC") == expected
 
 
@@ -39,7 +39,7 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, expected, 
 def test_one_heap_is_kept_where_working_memory_is_large(config, is_kept, monkeypatch):
     called = []
     monkeypatch.setattr(process, "keep_one_heap", lambda: called.append(True))
-    monkeypatch.setattr(process, "spare_threads", lambda config: None)
+    monkeypatch.setattr(process, "spare_threads", lambda: None)
     process.prepare(config)
     assert bool(called) == is_kept
 
