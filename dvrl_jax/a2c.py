@@ -367,31 +367,40 @@ def make_learner(config, env: Environment) -> Learner:
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)
 
-    def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
-        """Acts for a segment; gradient of its loss through it and all earlier segments of the window."""
-        rollout = roll_out(params, batch_stats, actor, draws)
+    def learn(params, batch_stats, rollout: Rollout, earlier: Window) -> tuple[nnx.State, Outcome]:
+        """Gradient of the loss of the segment just acted, through it and all `earlier` ones."""
         (grads, h_grad), outcome = jax.grad(segment_loss, argnums=(0, 1), has_aux=True)(
             params, rollout.segment.h, batch_stats, rollout
         )
 
-        def earlier(i, carry):
+        def go_back(i, carry):
             grads, h_grad = carry
-            segment = jax.tree.map(lambda x: x[window.length - 1 - i], window.segments)
+            segment = jax.tree.map(lambda x: x[earlier.length - 1 - i], earlier.segments)
             _, vjp = jax.vjp(lambda p, h: recur(p, h, batch_stats, segment)[1].h[-1], params, segment.h)
             more, h_grad = vjp(h_grad)
             return jax.tree.map(jnp.add, grads, more), h_grad
 
         if capacity:
-            grads, _ = jax.lax.fori_loop(0, window.length, earlier, (grads, h_grad))
+            grads, _ = jax.lax.fori_loop(0, earlier.length, go_back, (grads, h_grad))
         return grads, outcome
 
+    def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
+        """Acts for a segment and learns from it; `window` holds the earlier ones."""
+        return learn(params, batch_stats, roll_out(params, batch_stats, actor, draws), window)
+
     def push(window: Window, segment: Segment) -> Window:
-        """Adds a segment; the last one of a window empties it instead."""
+        """Adds a segment behind the others; the last one of a window empties it instead, and is not written."""
         if not capacity:
             return window
+        full = window.length == capacity
         place = jnp.minimum(window.length, capacity - 1)
-        segments = jax.tree.map(lambda old, new: old.at[place].set(new), window.segments, segment)
-        return Window(segments, jnp.where(window.length == capacity, 0, window.length + 1))
+
+        def write(segments, new):
+            new = jnp.where(full, segments[place], new)
+            return jax.lax.dynamic_update_index_in_dim(segments, new, place, 0)
+
+        segments = jax.tree.map(write, window.segments, segment)
+        return Window(segments, jnp.where(full, 0, window.length + 1))
 
     def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
         """The metrics of one update, by the names under which they are logged."""
@@ -412,14 +421,17 @@ def make_learner(config, env: Environment) -> Learner:
         played; beliefs start anew (see `recover`) only where they are broken, since what the others remember is true.
         """
         draws = draw(jax.random.fold_in(state.key, state.update))
-        grads, outcome = gradient(state.params, state.batch_stats, state.actor, state.window, draws)
+        rollout = roll_out(state.params, state.batch_stats, state.actor, draws)
+        # Pushed before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads the
+        # window of before any more, XLA need not copy it.
+        window = push(state.window, rollout.segment)
+        earlier = Window(window.segments, state.window.length)
+        grads, outcome = learn(state.params, state.batch_stats, rollout, earlier)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rollout = outcome.rollout
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
         good = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
         known = (state.params, state.batch_stats, state.opt_state)
         params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), learned, known)
-        window = push(state.window, rollout.segment)
         return TrainState(
             params=params,
             batch_stats=batch_stats,

@@ -25,7 +25,9 @@ from dvrl_jax.a2c import TrainState
 from dvrl_jax.runs import RunError
 
 EPISODE_FIELDS = ("actor", "window")
-FORMAT = 2  # Of what a checkpoint holds; 2 added the checksums and the counts of skipped updates.
+# Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 changed what the window notes.
+FORMAT = 3
+FORMATS_WITH_OTHER_EPISODES = (2,)  # All of these can be read but the episodes under way.
 
 
 class Restored(NamedTuple):
@@ -122,7 +124,7 @@ class Checkpoints:
                 self._set_aside(number, error)
             if damaged:
                 self._manager.reload()
-            return Restored(_fill(template, arrays), extra["with_episodes"], extra)
+            return Restored(_fill(template, {name: arrays[name] for name in expected}), extra["with_episodes"], extra)
         reasons = [f"{step}: {error}" for step, error in damaged.items()]
         reasons += [path.name for path in sorted(self.directory.glob("*.damaged*"))]
         if reasons:
@@ -165,12 +167,14 @@ class Checkpoints:
         extra = self._read(step, extra=ocp.args.JsonRestore())
         if not isinstance(extra, dict) or "format" not in extra:
             raise _Damaged("extra: is not what was written")
-        if extra["format"] != FORMAT:
+        if extra["format"] not in (FORMAT, *FORMATS_WITH_OTHER_EPISODES):
             raise RunError(
                 f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; this version reads {FORMAT}"
             )
         if extra.pop("checksum", None) != _checksum(extra):
             raise _Damaged("extra: is not what was written")
+        if extra["format"] in FORMATS_WITH_OTHER_EPISODES:
+            extra["with_episodes"] = False
         return extra
 
     def _read_arrays(self, step: int, extra: dict[str, Any], expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:

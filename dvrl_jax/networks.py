@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax.tape import NO_TAPE, Tape, recall
+from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape, recall
 
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
@@ -30,6 +30,15 @@ Array = jax.Array
 def orthogonal(key: Array, rows: int, columns: int, gain: float) -> Array:
     """Draws a matrix [rows, columns] with orthonormal rows or columns (whichever are fewer), times `gain`."""
     return jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
+
+
+def matmul(x: Array, kernel: Array) -> Array:
+    """Product of x [..., in] with kernel [in, out]: [..., out].
+
+    All rows are put on one axis first: where the kernel's gradient sums over several axes, XLA's CPU back end copies
+    and transposes operands.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Module):
@@ -46,7 +55,7 @@ class Linear(nnx.Module):
 
     def product(self, **inputs: Array) -> Array:
         """Returns `sum_i x_i W_i` [..., out] for some of the inputs [..., in_i], without the bias."""
-        return sum(x @ self.kernel[name][...] for name, x in inputs.items())
+        return sum(matmul(x, self.kernel[name][...]) for name, x in inputs.items())
 
     def __call__(self, **inputs: Array) -> Array:
         """Returns `sum_i x_i W_i + b` [..., out]; inputs [..., in_i] broadcast against each other."""
@@ -115,7 +124,7 @@ class Normal(nnx.Module):
 
     def __call__(self, x: Array, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
         """Maps x [..., inputs] to (mean, variance), each [..., features]."""
-        return tape(self.mean(x=x)), jax.nn.softplus(tape(self.var(x=x))) + VARIANCE_FLOOR
+        return tape(self.mean(x=x)), tape.bend(self.var(x=x), SOFTPLUS) + VARIANCE_FLOOR
 
 
 class GRUCell(nnx.Module):
@@ -145,17 +154,15 @@ class GRUCell(nnx.Module):
 
     def product(self, **inputs: Array) -> Array:
         """Returns the input's part of the gates, `sum_i x_i W_i` [..., 3H], without the bias."""
-        return sum(x @ self.kernel_i[name][...] for name, x in inputs.items())
+        return sum(matmul(x, self.kernel_i[name][...]) for name, x in inputs.items())
 
     def __call__(self, h: Array, product: Array, tape: Tape = NO_TAPE) -> Array:
         """Returns the next h [..., H] from h [..., H] and the input's `product` [..., 3H]."""
-        gates_i = tape(product + self.bias_i[...])
-        gates_h = tape(h @ self.kernel_h[...] + self.bias_h[...])
-        r_i, z_i, n_i = jnp.split(gates_i, 3, axis=-1)
-        r_h, z_h, n_h = jnp.split(gates_h, 3, axis=-1)
-        r = jax.nn.sigmoid(r_i + r_h)
-        z = jax.nn.sigmoid(z_i + z_h)
-        n = jnp.tanh(n_i + r * n_h)
+        r_i, z_i, n_i = jnp.split(product + self.bias_i[...], 3, axis=-1)
+        r_h, z_h, n_h = jnp.split(matmul(h, self.kernel_h[...]) + self.bias_h[...], 3, axis=-1)
+        r = tape.bend(r_i + r_h, SIGMOID)
+        z = tape.bend(z_i + z_h, SIGMOID)
+        n = tape.bend(n_i + r * tape(n_h), TANH)
         return n + z * (h - n)
 
 

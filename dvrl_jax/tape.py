@@ -12,12 +12,26 @@ weights in place under a graph that it keeps.
 A plain `Tape` changes nothing.
 """
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
+
+
+class Curve(NamedTuple):
+    """An element-wise function, and its slope as a function of its value."""
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
+
+
+SIGMOID = Curve(jax.nn.sigmoid, lambda y: y * (1.0 - y))
+TANH = Curve(jnp.tanh, lambda y: 1.0 - jnp.square(y))
+SOFTPLUS = Curve(jax.nn.softplus, lambda y: -jnp.expm1(-y))
 
 
 class Tape:
@@ -25,6 +39,10 @@ class Tape:
 
     def __call__(self, x: Array) -> Array:
         return x
+
+    def bend(self, x: Array, curve: Curve) -> Array:
+        """The curve at x. Learning needs neither x nor the curve again: values and slopes come from the note."""
+        return curve.value(x)
 
     def then(self, x: Array) -> Array:
         """What x was at the time of acting, as a constant."""
@@ -49,6 +67,9 @@ class Recorder(Tape):
         self._notes.append(jax.lax.stop_gradient(x))
         return x
 
+    def bend(self, x: Array, curve: Curve) -> Array:
+        return self(super().bend(x, curve))
+
     def then(self, x: Array) -> Array:
         return super().then(self(x))
 
@@ -72,6 +93,9 @@ class Player(Tape):
     def __call__(self, x: Array) -> Array:
         return recall(x, next(self._notes))
 
+    def bend(self, x: Array, curve: Curve) -> Array:
+        return recall_curve(x, next(self._notes), curve)
+
     def then(self, x: Array) -> Array:
         del x
         return next(self._notes)
@@ -92,6 +116,19 @@ def recall(computed: Array, remembered: Array) -> Array:
 
 
 recall.defvjp(lambda computed, remembered: (remembered, None), lambda _, grad: (grad, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def recall_curve(x: Array, remembered: Array, curve: Curve) -> Array:
+    """The value of `remembered` with the gradient of curve.value(x) where it took that value (same shape)."""
+    del x, curve
+    return remembered
+
+
+recall_curve.defvjp(
+    lambda x, remembered, curve: (remembered, remembered),
+    lambda curve, remembered, grad: (grad * curve.slope(remembered), None),
+)
 
 
 NO_TAPE = Tape()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax.tape import Player, Recorder, Tape
+from dvrl_jax.tape import SIGMOID, SOFTPLUS, TANH, Player, Recorder, Tape
 
 STEPS = 3
 
@@ -15,7 +15,7 @@ def network(weights, x, tape):
     hidden = jnp.tanh(tape(x @ weights["in"]))
 
     def step(h, x, tape):
-        h = jnp.tanh(tape(h @ weights["loop"]) + x)
+        h = tape.bend(h @ weights["loop"] + x, TANH)
         return h, h
 
     h, hs = tape.scan(step, hidden, jnp.arange(float(STEPS)))
@@ -60,6 +60,26 @@ def test_played_under_other_weights_activations_are_old_and_weights_new(case):
     activation = np.tanh(x @ old)
     np.testing.assert_allclose(grads[0], x.T @ (out_new.T * (1 - activation**2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads[1], activation.sum(0)[:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("curve", [SIGMOID, TANH, SOFTPLUS])
+def test_slopes_of_curves_are_told_from_their_values(curve):
+    x = jnp.linspace(-30.0, 30.0, 601)
+    slope = jax.vmap(jax.grad(curve.value))(x)
+    np.testing.assert_allclose(curve.slope(curve.value(x)), slope, rtol=1e-5, atol=1e-7)
+    if curve is SOFTPLUS:  # Small variances have slopes as small, and those must be right in relation to them.
+        np.testing.assert_allclose(curve.slope(curve.value(x)), slope, rtol=1e-5)
+
+
+def test_slopes_of_curves_are_those_of_the_time_of_acting():
+    rng = np.random.default_rng(1)
+    x, old, new = rng.normal(size=(6, 3)), rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    tape = Recorder()
+    value = jnp.sum(tape.bend(x @ old, SIGMOID))
+    played, grad = jax.value_and_grad(lambda w: jnp.sum(Player(tape.notes).bend(x @ w, SIGMOID)))(jnp.asarray(new))
+    np.testing.assert_allclose(played, value, rtol=1e-6)
+    y = 1 / (1 + np.exp(-x @ old))
+    np.testing.assert_allclose(grad, x.T @ (y * (1 - y)), rtol=1e-4, atol=1e-6)
 
 
 def test_no_gradient_flows_into_notes_and_what_is_noted_is_not_computed_again(case):

@@ -178,14 +178,26 @@ def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     assert content(run).keys() == before.keys()
 
 
-@pytest.mark.parametrize("version", [1, 3, "two"])
+@pytest.mark.parametrize("version", [1, 4, "two"])
 def test_another_format_is_refused(run, template, version):
     path = run / "checkpoints" / "60" / "extra" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     before = content(run)
-    with pytest.raises(runs.RunError, match=f"checkpoints/60: unknown checkpoint format {version!r}; .* reads 2"):
+    with pytest.raises(runs.RunError, match=f"checkpoints/60: unknown checkpoint format {version!r}; .* reads 3"):
         restore(run, template)
     assert content(run) == before
+
+
+def test_of_the_format_before_all_but_the_episodes_is_read(run, template, states):
+    path = run / "checkpoints" / "60" / "extra" / "metadata"
+    extra = json.loads(path.read_text()) | {"format": 2}
+    del extra["checksum"]
+    path.write_text(json.dumps(extra | {"checksum": checkpoints._checksum(extra)}))
+    restored = restore(run, template)
+    assert not restored.with_episodes
+    assert equal(restored.state.params, states[60].params) and equal(restored.state.opt_state, states[60].opt_state)
+    assert equal(restored.state.window, template.window) and equal(restored.state.actor, template.actor)
+    assert not equal(states[60].window, template.window)
 
 
 def test_a_checkpoint_of_another_network_is_refused(run, template):
