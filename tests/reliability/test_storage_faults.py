@@ -194,7 +194,7 @@ def test_of_the_format_before_all_but_the_episodes_is_read(run, template, states
     del extra["checksum"]
     path.write_text(json.dumps(extra | {"checksum": checkpoints._checksum(extra)}))
     restored = restore(run, template)
-    assert not restored.with_episodes
+    assert not restored.has_episodes
     assert equal(restored.state.params, states[60].params) and equal(restored.state.opt_state, states[60].opt_state)
     assert equal(restored.state.window, template.window) and equal(restored.state.actor, template.actor)
     assert not equal(states[60].window, template.window)
