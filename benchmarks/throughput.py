@@ -35,21 +35,13 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def timed_windows(run_windows: Callable[[int], Any], seconds: float, most: int = 1) -> list[float]:
-    """Seconds per window in each call of `run_windows`, for at least three calls and `seconds` in all.
-
-    A call is of one window, or of as many up to `most` as fit into a third of `seconds`.
-    """
-
-    def timed(count: int) -> float:
-        began = time.perf_counter()
-        run_windows(count)
-        return (time.perf_counter() - began) / count
-
-    count = max(1, min(most, int(seconds / 3 / timed(1)))) if most > 1 else 1
+def timed_windows(run_window: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds that each call of `run_window` takes, for at least three calls and `seconds` in all."""
     times: list[float] = []
-    while len(times) < 3 or count * sum(times) < seconds:
-        times.append(timed(count))
+    while len(times) < 3 or sum(times) < seconds:
+        began = time.perf_counter()
+        run_window()
+        times.append(time.perf_counter() - began)
     return times
 
 
@@ -79,8 +71,11 @@ def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
         nonlocal state
         state = jax.block_until_ready(program(state, jnp.int32(count * config.bptt_segments)))
 
+    began = time.perf_counter()
     run_windows(1)
-    times = timed_windows(run_windows, seconds, most=config.log.interval // config.bptt_segments)
+    warm_up = time.perf_counter() - began
+    count = max(1, min(int(seconds / 3 / warm_up), config.log.interval // config.bptt_segments))
+    times = [call / count for call in timed_windows(lambda: run_windows(count), seconds)]
     result = report(config, times, compile=compile_time, setup=setup)
     result["device"] = jax.devices()[0].device_kind
     stats = jax.devices()[0].memory_stats()
@@ -139,12 +134,12 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
 
         program = jax.jit(loop, donate_argnums=0).lower(state, jnp.int32(1)).compile()
 
-        def five_times(count):
+        def once():
             nonlocal state
-            state = jax.block_until_ready(program(state, jnp.int32(5 * count)))
+            state = jax.block_until_ready(program(state, jnp.int32(5)))
 
-        five_times(1)
-        return 1e3 * statistics.median(timed_windows(five_times, 2.0)) / 5
+        once()
+        return 1e3 * statistics.median(timed_windows(once, 2.0)) / 5
 
     times = {piece.__name__: milliseconds(piece) for piece in (environment, acting, newest, optimiser)}
     parts = {
@@ -166,12 +161,12 @@ def measure_torch(config, seconds: float) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     trainer = make_trainer(config)
 
-    def run_windows(count):
-        for _ in range(count * config.bptt_segments):
+    def run_window():
+        for _ in range(config.bptt_segments):
             trainer.update()
 
-    run_windows(1)
-    times = timed_windows(run_windows, seconds)
+    run_window()
+    times = timed_windows(run_window, seconds)
     return report(config, times, memory_mb=peak_memory_mb(), device=f"torch {torch.__version__}")
 
 

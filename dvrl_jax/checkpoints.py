@@ -27,7 +27,7 @@ from dvrl_jax.runs import RunError
 EPISODE_FIELDS = ("actor", "window")
 # Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 changed what the window notes.
 FORMAT = 3
-FORMATS_WITH_OTHER_EPISODES = (2,)  # All of these can be read but the episodes under way.
+READABLE_FORMATS = (FORMAT, 2)  # Of older ones all but the episodes under way.
 
 
 class Restored(NamedTuple):
@@ -167,13 +167,14 @@ class Checkpoints:
         extra = self._read(step, extra=ocp.args.JsonRestore())
         if not isinstance(extra, dict) or "format" not in extra:
             raise _Damaged("extra: is not what was written")
-        if extra["format"] not in (FORMAT, *FORMATS_WITH_OTHER_EPISODES):
+        if extra["format"] not in READABLE_FORMATS:
+            readable = " and ".join(map(str, READABLE_FORMATS))
             raise RunError(
-                f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; this version reads {FORMAT}"
+                f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; this version reads {readable}"
             )
         if extra.pop("checksum", None) != _checksum(extra):
             raise _Damaged("extra: is not what was written")
-        if extra["format"] in FORMATS_WITH_OTHER_EPISODES:
+        if extra["format"] != FORMAT:
             extra["with_episodes"] = False
         return extra
 
