@@ -1,8 +1,12 @@
 """Options shared by all tests."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
+
+# Python's collector would go through all of JAX's many objects again and again while programs are traced.
+gc.set_threshold(100_000, 50, 100)
 
 # Set before JAX is imported. The workers of pytest-xdist, and processes started by tests, inherit all this.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -20,6 +24,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
             "--xla_cpu_parallel_codegen_split_count=1",  # The workers share the processors already.
         ]
     )
+
+# Files of tests that take minutes. They are handed to the workers first, so that no worker waits for one at the end.
+LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "atari", "determinism", "kill", "reproduce"]
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # A stable sort: order within files stays.
 
 
 def pytest_addoption(parser):
