@@ -56,7 +56,7 @@ def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c, envs
+    from dvrl_jax import a2c, compilation, envs
 
     began = time.perf_counter()
     env = envs.make_env(config.env, config.num_envs, config.seed)
@@ -64,7 +64,7 @@ def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
     state = learner.init(jax.random.PRNGKey(config.seed))
     setup = time.perf_counter() - began
     began = time.perf_counter()
-    program = jax.jit(learner.run, donate_argnums=0).lower(state, jnp.int32(1)).compile()
+    program = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
     compile_time = time.perf_counter() - began
 
     def run_windows(count):
@@ -94,7 +94,7 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c
+    from dvrl_jax import a2c, compilation
 
     optimizer = a2c.make_optimizer(config.optimizer)
 
@@ -132,7 +132,7 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
         def loop(state, n):
             return jax.lax.fori_loop(0, n, lambda i, state: piece(state, i), state)
 
-        program = jax.jit(loop, donate_argnums=0).lower(state, jnp.int32(1)).compile()
+        program = compilation.jit(loop, config).lower(state, jnp.int32(1)).compile()
 
         def once():
             nonlocal state

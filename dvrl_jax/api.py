@@ -63,7 +63,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite.
     """
     learner = a2c.make_learner(config, env)
-    program = jax.jit(learner.run, donate_argnums=0)
+    program = compilation.jit(learner.run, config)
 
     def train(seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None):
         if state is None:

@@ -1,12 +1,46 @@
-"""JAX's persistent compilation cache: a program compiled once starts at once the next time."""
+"""How programs are compiled: XLA's options, and JAX's persistent cache, from which they start at once the next time."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from dvrl_jax.config import observation_shape
+
+# XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
+# option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
+OPTION, SUMS_ALONE = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
+
+
+def jit(run: Callable, config) -> jax.stages.Wrapped:
+    """Training's program: `run`, a function of a state, which it donates, and a number, with the fastest options."""
+    return jax.jit(run, donate_argnums=0, compiler_options=options(config))
+
+
+def options(config) -> dict[str, str]:
+    """XLA's options for training `config`: products by Eigen for DVRL on vectors, on a CPU. To others it is no gain.
+
+    An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
+    """
+    is_image = len(observation_shape(config)) == 3
+    if config.algorithm != "dvrl" or is_image or jax.default_backend() != "cpu":
+        return {}
+    if OPTION in os.environ.get("XLA_FLAGS", "") or not _is_known(OPTION, SUMS_ALONE):
+        return {}
+    return {OPTION: SUMS_ALONE}
+
+
+@functools.cache
+def _is_known(option: str, value: str) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def default_cache_directory() -> Path:

@@ -129,7 +129,7 @@ class _Loop:
     ):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.log = log
-        self.program = jax.jit(learner.run, donate_argnums=0)
+        self.program = compilation.jit(learner.run, config)
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
         self.use_cache = use_cache
         self.wall_time_before, self.start = wall_time, time.monotonic()

@@ -1,9 +1,13 @@
-"""The compilation cache holds what it may hold, whatever was compiled before."""
+"""Programs get the options that suit them, and the cache holds what it may hold, whatever was compiled before."""
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from dvrl_jax import compilation
+from tests.tiny import tiny_config, tiny_hike
+
+PONG = {"env__name": "Pong", "model__channels": (8, 8, 8)}
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -23,3 +27,28 @@ def test_programs_are_cached_only_where_allowed(tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation.compilation_cache.reset_cache()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the option is for CPUs")
+@pytest.mark.parametrize(
+    ("config", "by_eigen"),
+    [(tiny_hike("dvrl"), True), (tiny_hike("rnn"), False), (tiny_config("dvrl", **PONG), False)],
+    ids=["dvrl on vectors", "rnn on vectors", "dvrl on images"],
+)
+def test_products_of_dvrl_on_vectors_are_not_given_to_ynnpack(config, by_eigen):
+    x, kernel = jnp.ones((480, 128)), jnp.ones((128, 128))
+    text = compilation.jit(lambda x, kernel: x @ kernel, config).lower(x, kernel).compile().as_text()
+    assert ("ynn_fusion" not in text) == by_eigen
+
+
+@pytest.mark.parametrize(("option", "value"), [("xla_cpu_no_such_option", "1"), (compilation.OPTION, "NO_SUCH_VALUE")])
+def test_an_option_that_xla_does_not_know_is_left_out(option, value, monkeypatch):
+    monkeypatch.setattr(compilation, "OPTION", option)
+    monkeypatch.setattr(compilation, "SUMS_ALONE", value)
+    assert compilation.options(tiny_hike("dvrl")) == {}
+    assert compilation.jit(lambda x, y: x + y, tiny_hike("dvrl"))(jnp.ones(()), 1.0) == 2
+
+
+def test_an_option_that_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{compilation.OPTION}=LIBRARY_FUSION_TYPE_DOT")
+    assert compilation.options(tiny_hike("dvrl")) == {}
