@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dvrl_jax.config import observation_shape
+from dvrl_jax.config import sees_images
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
@@ -26,8 +26,7 @@ def options(config) -> dict[str, str]:
 
     An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
     """
-    is_image = len(observation_shape(config)) == 3
-    if config.algorithm != "dvrl" or is_image or jax.default_backend() != "cpu":
+    if config.algorithm != "dvrl" or sees_images(config) or jax.default_backend() != "cpu":
         return {}
     if OPTION in os.environ.get("XLA_FLAGS", "") or not _is_known(OPTION, SUMS_ALONE):
         return {}

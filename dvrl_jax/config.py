@@ -91,6 +91,11 @@ def observation_shape(config: ConfigDict) -> tuple[int, ...]:
     return (2,) if config.env.name == "MountainHike" else (84, 84, 1)
 
 
+def sees_images(config: ConfigDict) -> bool:
+    """Whether observations are images rather than vectors."""
+    return len(observation_shape(config)) == 3
+
+
 def finalise(config: ConfigDict) -> ConfigDict:
     """Checks a configuration and settles what follows from other fields.
 

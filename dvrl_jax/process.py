@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 
-from dvrl_jax.config import observation_shape
+from dvrl_jax.config import sees_images
 
 # Options of glibc's mallopt: its number for each and the value, by the environment variable that sets the same.
 HEAP_OPTIONS = {
@@ -22,10 +22,9 @@ def prepare(config) -> None:
     The smallest model, the RNN on vectors, gets one thread. Only the largest, DVRL on images, has so much working
     memory that a kept heap pays: to the many short operations of the others it is a loss (`docs/performance.md`).
     """
-    is_image = len(observation_shape(config)) == 3
-    if config.algorithm == "rnn" and not is_image:
+    if config.algorithm == "rnn" and not sees_images(config):
         spare_threads()
-    if config.algorithm == "dvrl" and is_image:
+    if config.algorithm == "dvrl" and sees_images(config):
         keep_one_heap()
 
 

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dvrl_jax import compilation
-from tests.tiny import tiny_config, tiny_hike
-
-PONG = {"env__name": "Pong", "model__channels": (8, 8, 8)}
+from tests.tiny import tiny_hike, tiny_pong
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -32,7 +30,7 @@ def test_programs_are_cached_only_where_allowed(tmp_path):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the option is for CPUs")
 @pytest.mark.parametrize(
     ("config", "by_eigen"),
-    [(tiny_hike("dvrl"), True), (tiny_hike("rnn"), False), (tiny_config("dvrl", **PONG), False)],
+    [(tiny_hike("dvrl"), True), (tiny_hike("rnn"), False), (tiny_pong("dvrl"), False)],
     ids=["dvrl on vectors", "rnn on vectors", "dvrl on images"],
 )
 def test_products_of_dvrl_on_vectors_are_not_given_to_ynnpack(config, by_eigen):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dvrl_jax import process
-from tests.tiny import tiny_config, tiny_hike
+from tests.tiny import tiny_hike, tiny_pong
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from tests.tiny import tiny_config, tiny_hike
         (tiny_hike("rnn"), None, "1"),
         (tiny_hike("rnn"), "2", "2"),
         (tiny_hike("dvrl"), None, None),
-        (tiny_config("rnn", env__name="Pong", model__channels=(8, 8, 8)), None, None),
+        (tiny_pong("rnn"), None, None),
     ],
 )
 def test_only_the_smallest_models_are_given_one_thread(config, given, expected, monkeypatch):
@@ -31,8 +31,8 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, expected, 
 @pytest.mark.parametrize(
     ("config", "is_kept"),
     [
-        (tiny_config("dvrl", env__name="Pong", model__channels=(8, 8, 8)), True),
-        (tiny_config("rnn", env__name="Pong", model__channels=(8, 8, 8)), False),
+        (tiny_pong("dvrl"), True),
+        (tiny_pong("rnn"), False),
         (tiny_hike("dvrl"), False),
     ],
 )

@@ -26,6 +26,11 @@ def tiny_config(algorithm: str, **fields):
     return config_lib.finalise(c)
 
 
+def tiny_pong(algorithm: str):
+    """A configuration of Pong with small networks."""
+    return tiny_config(algorithm, env__name="Pong", model__channels=(8, 8, 8))
+
+
 def tiny_hike(algorithm: str, **fields):
     """Mountain Hike with small networks."""
     c = (mountain_hike_dvrl if algorithm == "dvrl" else mountain_hike_rnn).get_config()
