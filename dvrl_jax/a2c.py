@@ -327,9 +327,6 @@ def make_learner(config, env: Environment) -> Learner:
         Returns the inputs and the steps of the recurrence, each with leading axis T.
         """
 
-        def encode(obs, prev_action, notes):
-            return agent_of(params, batch_stats).encode(obs, prev_action, Player(notes))
-
         def transition(h, x):
             fresh, inputs, trace, notes = x
             agent = agent_of(params, batch_stats)
@@ -337,7 +334,8 @@ def make_learner(config, env: Environment) -> Learner:
             return step.h, step
 
         notes = segment.notes
-        inputs = jax.vmap(encode)(segment.obs, segment.prev_action, notes.encode)
+        tape = Player(notes.encode, steps=1)
+        inputs = agent_of(params, batch_stats).encode(segment.obs, segment.prev_action, tape)
         xs = (segment.fresh, inputs, segment.trace, notes.transition)
         _, steps = jax.lax.scan(transition, h, xs, unroll=unroll)
         return inputs, steps

@@ -1,22 +1,18 @@
 """Layers and networks of both agents: what is learned, and nothing about how it is used.
 
 Everything here is a Flax NNX module with float32 parameters, PyTorch's GRU and batch-norm conventions and the
-original's initialisation. Images are NHWC. Convolutions are written as matrix products on shifted copies of their
-input, because XLA's CPU back end has no fast gradient for strided and transposed convolutions; on a GPU the same
-products go to the matrix units.
+original's initialisation. Images are NHWC; how their convolutions are computed is told in `convolutions.py`.
 """
 
-import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, space_to_depth
 from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape, recall
 
 RELU_GAIN = math.sqrt(2.0)
@@ -85,21 +81,26 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(features))
 
     def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
-        """Normalises x [..., C]."""
+        """Normalises x [..., C]; of several steps [T, ..., C] (see `Tape.steps`), each by itself."""
+        steps = x.shape[: tape.steps]
+        spread = lambda stat: stat.reshape(*steps, *(1,) * (x.ndim - 1 - tape.steps), -1)  # [T, C] against x.
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            axes = tuple(range(x.ndim - 1))
-            count = math.prod(x.shape[:-1])
-            mean = tape(jnp.mean(x, axes))
-            var = tape(jnp.mean(jnp.square(x - mean), axes))
-            self.mean[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(mean) - self.mean[...])
-            unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
-            self.var[...] += BATCH_NORM_MOMENTUM * (unbiased - self.var[...])
+            axes = tuple(range(tape.steps, x.ndim - 1))
+            count = math.prod(x.shape[tape.steps : -1])
+            mean = spread(tape(jnp.mean(x, axes)))
+            var = spread(tape(jnp.mean(jnp.square(x - mean), axes)))
+            if not steps:
+                self._move_averages(mean, var * (count / max(count - 1, 1)))
         x = (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
         scale, bias = self.scale[...], self.bias[...]
         # Too large to note, and cheap: the value of the time of acting is computed again.
-        return recall(x * scale + bias, x * tape.then(scale) + tape.then(bias))
+        return recall(x * scale + bias, x * spread(tape.then(scale)) + spread(tape.then(bias)))
+
+    def _move_averages(self, mean: Array, var: Array) -> None:
+        for average, new in ((self.mean, mean), (self.var, var)):
+            average[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(new).reshape(-1) - average[...])
 
 
 class Activation(nnx.Module):
@@ -166,131 +167,7 @@ class GRUCell(nnx.Module):
         return n + z * (h - n)
 
 
-# --- Convolutions as matrix products -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvSpec:
-    """Kernel size, stride and padding of one square convolution; the stride must divide the kernel size."""
-
-    kernel: int
-    stride: int
-    padding: int = 0
-
-    def output_size(self, size: int) -> int:
-        return (size + 2 * self.padding - self.kernel) // self.stride + 1
-
-
-def space_to_depth(x: Array, block: int) -> Array:
-    """Rearranges x [N, H, W, C] into [N, H/block, W/block, block*block*C]."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height // block, block, width // block, block, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // block, width // block, block * block * channels)
-
-
-def depth_to_space(x: Array, block: int) -> Array:
-    """Inverse of `space_to_depth`: [N, H, W, block*block*C] to [N, H*block, W*block, C]."""
-    n, height, width, depth = x.shape
-    channels = depth // (block * block)
-    x = x.reshape(n, height, width, block, block, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * block, width * block, channels)
-
-
-def _shifted(rows: Array, offset: int) -> Array:
-    """Moves rows [R, C] down by `offset` (up if negative), filling up with 0."""
-    return jax.lax.pad(rows, jnp.zeros((), rows.dtype), ((offset, -offset, 0), (0, 0, 0)))
-
-
-def _shifted_copies(rows: Array, offsets: tuple[int, ...]) -> Array:
-    """Copies of rows [R, C] moved down by each of T offsets (up if negative), side by side: [R, T*C], 0 outside."""
-    count, before, after = rows.shape[0], max(0, *offsets), max(0, *(-offset for offset in offsets))
-    padded = jnp.pad(rows, ((before, after), (0, 0)))
-    return jnp.concatenate([padded[before - offset : before - offset + count] for offset in offsets], axis=-1)
-
-
-def _negated(offsets: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-offset for offset in offsets)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def shifted_product(rows: Array, kernels: Array, offsets: tuple[int, ...]) -> Array:
-    """Convolution of a sequence: y[r] = sum_t rows[r - offsets[t]] @ kernels[t], rows outside being 0.
-
-    It is one matrix product; shifted copies are made of whichever is thinner, its input or its output. The gradients
-    are products of the same kind, with the opposite offsets.
-
-    Args:
-        rows: [R, C]. kernels: [T, C, D]. offsets: T integers.
-    Returns:
-        [R, D].
-    """
-    taps, channels, features = kernels.shape
-    if channels <= features:
-        return _shifted_copies(rows, offsets) @ kernels.reshape(taps * channels, features)
-    products = rows @ jnp.moveaxis(kernels, 0, 1).reshape(channels, taps * features)
-    return sum(_shifted(products[:, t * features : (t + 1) * features], offset) for t, offset in enumerate(offsets))
-
-
-def _shifted_product_fwd(rows: Array, kernels: Array, offsets: tuple[int, ...]):
-    return shifted_product(rows, kernels, offsets), (rows, kernels)
-
-
-def _shifted_product_bwd(offsets: tuple[int, ...], residuals: tuple[Array, Array], grad: Array):
-    rows, kernels = residuals
-    taps, channels, features = kernels.shape
-    rows_grad = shifted_product(grad, jnp.swapaxes(kernels, 1, 2), _negated(offsets))
-    if channels <= features:
-        kernels_grad = (_shifted_copies(rows, offsets).T @ grad).reshape(kernels.shape)
-    else:
-        product = rows.T @ _shifted_copies(grad, _negated(offsets))
-        kernels_grad = jnp.moveaxis(product.reshape(channels, taps, features), 1, 0)
-    return rows_grad, kernels_grad
-
-
-shifted_product.defvjp(_shifted_product_fwd, _shifted_product_bwd)
-
-
-def _tap_offsets(taps: int, width: int) -> tuple[int, ...]:
-    """How many rows apart a pixel and its neighbours (i, j), i and j < `taps`, are in images of this width."""
-    return tuple(i * width + j for i in range(taps) for j in range(taps))
-
-
-def conv(x: Array, kernel: Array, spec: ConvSpec) -> Array:
-    """Convolution (cross-correlation) of x [N, H, W, C] with kernel [k, k, C, D]: [N, H', W', D].
-
-    With m = k / stride, each output pixel sees m x m blocks of stride x stride pixels. In block order, and with all
-    pixels of all images on one axis, a neighbouring block is a fixed number of rows away: the convolution is a
-    `shifted_product` of m*m taps. Output pixels whose neighbours would lie in the next line or image are cut off.
-    """
-    chex.assert_rank([x, kernel], 4)
-    size, channels, features = spec.output_size(x.shape[1]), kernel.shape[2], kernel.shape[3]
-    s, m, p = spec.stride, spec.kernel // spec.stride, spec.padding
-    extent = s * (size - 1 + m)
-    x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    x = space_to_depth(x[:, :extent, :extent], s)
-    n, height, width, depth = x.shape
-    kernel = kernel.reshape(m, s, m, s, channels, features).transpose(0, 2, 1, 3, 4, 5)
-    kernels = kernel.reshape(m * m, depth, features)
-    rows = shifted_product(x.reshape(-1, depth), kernels, _negated(_tap_offsets(m, width)))
-    return rows.reshape(n, height, width, features)[:, :size, :size]
-
-
-def conv_transpose_blocks(x: Array, kernel: Array, spec: ConvSpec) -> Array:
-    """Transposed convolution of x [N, H, W, C] with kernel [C, k, k, D], left in block order and unpadded.
-
-    Returns [N, H+m-1, W+m-1, s*s*D] with s the stride and m = k / s: `depth_to_space(., s)` and cutting `padding`
-    off each border give the image. Like `conv` it is a `shifted_product` of m*m taps over the pixels of all images,
-    which the border of zeros keeps apart.
-    """
-    chex.assert_rank([x, kernel], 4)
-    s, m = spec.stride, spec.kernel // spec.stride
-    channels, features = kernel.shape[0], kernel.shape[-1]
-    x = jnp.pad(x, ((0, 0), (0, m - 1), (0, m - 1), (0, 0)))
-    n, height, width, _ = x.shape
-    kernel = kernel.reshape(channels, m, s, m, s, features).transpose(1, 3, 0, 2, 4, 5)
-    kernels = kernel.reshape(m * m, channels, s * s * features)
-    rows = shifted_product(x.reshape(-1, channels), kernels, _tap_offsets(m, width))
-    return rows.reshape(n, height, width, s * s * features)
+# --- Convolution layers --------------------------------------------------------------------------------------------
 
 
 class Conv(nnx.Module):
@@ -304,8 +181,9 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features))
 
     def __call__(self, x: Array) -> Array:
-        """Maps x [N, H, W, C] to [N, H', W', D]."""
-        return conv(x, self.kernel[...], self.spec) + self.bias[...]
+        """Maps x [..., H, W, C] to [..., H', W', D]."""
+        y = conv(x.reshape(-1, *x.shape[-3:]), self.kernel[...], self.spec) + self.bias[...]
+        return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
 class ConvTranspose(nnx.Module):
@@ -380,11 +258,11 @@ class Encoder(nnx.Module):
         self.activations = nnx.List([Activation(size, batch_norm) for size in channels])
 
     def __call__(self, obs: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
-        """Encodes obs [B, H, W, C] or [B, D] as phi_o [B, F]."""
+        """Encodes obs [..., H, W, C] or [..., D] as phi_o [..., F]."""
         x = obs
         for layer, activation in zip(self.layers, self.activations, strict=True):
             x = activation(layer(x) if self.is_image else layer(x=x), use_running_average, tape)
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(*obs.shape[: -3 if self.is_image else -1], -1)
 
 
 class ImageDecoder(nnx.Module):

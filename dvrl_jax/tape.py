@@ -35,7 +35,13 @@ SOFTPLUS = Curve(jax.nn.softplus, lambda y: -jnp.expm1(-y))
 
 
 class Tape:
-    """Takes a product and returns what to go on with: here, the product itself."""
+    """Takes a product and returns what to go on with: here, the product itself.
+
+    Attributes:
+        steps: how many axes in front of all others count steps of an episode: 0, or 1 where several are replayed.
+    """
+
+    steps = 0
 
     def __call__(self, x: Array) -> Array:
         return x
@@ -85,10 +91,11 @@ class Recorder(Tape):
 
 
 class Player(Tape):
-    """Answers with the notes of a `Recorder`, in order."""
+    """Answers with the notes of a `Recorder`, in order; with `steps` = 1 those of several steps, stacked."""
 
-    def __init__(self, notes: Iterable[Any]):
+    def __init__(self, notes: Iterable[Any], steps: int = 0):
         self._notes = iter(notes)
+        self.steps = steps
 
     def __call__(self, x: Array) -> Array:
         return recall(x, next(self._notes))

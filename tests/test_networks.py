@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from configs import mountain_hike_dvrl, pong_dvrl
-from dvrl_jax import networks
+from dvrl_jax import convolutions, networks
 from dvrl_jax.a2c import make_agent
+from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.envs import ActionSpec, ObservationSpec
-from dvrl_jax.networks import IMAGE_ENCODERS, ConvSpec
+from dvrl_jax.networks import IMAGE_ENCODERS
 
 CHANNELS, FEATURES, BATCH = 3, 5, 2
 
@@ -81,7 +82,7 @@ def assert_same_function(function, reference, x, kernel):
 def test_conv_is_a_strided_convolution(spec, side):
     x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, spec.kernel, spec.kernel, CHANNELS, FEATURES)
     assert_same_function(
-        lambda x, kernel: networks.conv(x, kernel, spec),
+        lambda x, kernel: convolutions.conv(x, kernel, spec),
         lambda x, kernel: conv_reference(x, kernel, spec),
         x,
         kernel,
@@ -93,7 +94,7 @@ def test_conv_leaves_out_pixels_that_no_kernel_position_covers(side):
     spec = ConvSpec(8, 4)
     x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, 8, 8, CHANNELS, FEATURES)
     assert_same_function(
-        lambda x, kernel: networks.conv(x, kernel, spec),
+        lambda x, kernel: convolutions.conv(x, kernel, spec),
         lambda x, kernel: conv_reference(x, kernel, spec),
         x,
         kernel,
@@ -107,7 +108,7 @@ def test_conv_transpose_is_a_transposed_convolution(spec, side):
     x, kernel = normals(3, BATCH, small, small, CHANNELS), normals(4, CHANNELS, spec.kernel, spec.kernel, FEATURES)
 
     def image(x, kernel):
-        return layer.unblock(networks.conv_transpose_blocks(x, kernel, spec))
+        return layer.unblock(convolutions.conv_transpose_blocks(x, kernel, spec))
 
     assert_same_function(image, lambda x, kernel: conv_transpose_reference(x, kernel, spec), x, kernel)
     assert jax.eval_shape(image, x, kernel).shape == (BATCH, side, side, FEATURES)
@@ -127,10 +128,10 @@ def test_layers_add_their_bias_to_every_pixel():
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_depth_to_space_undoes_space_to_depth(block):
     x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
-    blocks = np.asarray(networks.space_to_depth(jnp.asarray(x), block))
+    blocks = np.asarray(convolutions.space_to_depth(jnp.asarray(x), block))
     assert blocks.shape == (2, 8 // block, 12 // block, block * block * 3)
     np.testing.assert_array_equal(blocks[1, 1, 2], x[1, block : 2 * block, 2 * block : 3 * block].ravel())
-    np.testing.assert_array_equal(networks.depth_to_space(jnp.asarray(blocks), block), x)
+    np.testing.assert_array_equal(convolutions.depth_to_space(jnp.asarray(blocks), block), x)
 
 
 @pytest.mark.parametrize("side", IMAGE_ENCODERS)

@@ -132,7 +132,7 @@ class Agent(nnx.Module, abc.ABC):
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
     def encode(self, obs: Array, prev_action: Array, tape: Tape = NO_TAPE) -> Inputs:
-        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
+        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A], or several steps [T, B, ...]."""
         phi_a = self.encode_action(prev_action, tape)
         encoded = {"obs": self.encoder(self.as_float(obs), self.use_running_average, tape)}
         if phi_a is not None:
@@ -145,7 +145,7 @@ class Agent(nnx.Module, abc.ABC):
 
     def encode_action(self, prev_action: Array, tape: Tape = NO_TAPE) -> Array | None:
         """phi_a [B, E] of prev_action [B, A]; None without action encoding."""
-        chex.assert_rank(prev_action, 2)
+        chex.assert_rank(prev_action, 2 + tape.steps)
         if not self.action_sizes:
             return None
         return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average, tape)
