@@ -1,4 +1,4 @@
-"""Layers against XLA's own convolutions and NumPy transcriptions; initialisation; the number of parameters."""
+"""Layers against NumPy transcriptions; initialisation; the number of parameters."""
 
 from types import SimpleNamespace
 
@@ -9,23 +9,12 @@ import pytest
 from flax import nnx
 
 from configs import mountain_hike_dvrl, pong_dvrl
-from dvrl_jax import convolutions, networks
+from dvrl_jax import networks
 from dvrl_jax.a2c import make_agent
 from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.envs import ActionSpec, ObservationSpec
 from dvrl_jax.networks import IMAGE_ENCODERS
-
-CHANNELS, FEATURES, BATCH = 3, 5, 2
-
-
-def image_layers():
-    """(convolution, its input's side) for every layer of every image encoder."""
-    layers = []
-    for side, specs in IMAGE_ENCODERS.items():
-        for spec in specs:
-            layers.append(pytest.param(spec, side, id=f"{side}-{spec.kernel}_{spec.stride}_{spec.padding}"))
-            side = spec.output_size(side)
-    return layers
+from dvrl_jax.tape import Player, Recorder
 
 
 def normals(seed, *shape):
@@ -35,103 +24,6 @@ def normals(seed, *shape):
 def stand_in(obs_shape, dtype, discrete, size):
     """What networks need to know of an environment."""
     return SimpleNamespace(observation=ObservationSpec(obs_shape, dtype), action=ActionSpec(discrete, size))
-
-
-# --- Convolutions ----------------------------------------------------------------------------------------------------
-
-
-def conv_reference(x, kernel, spec):
-    """Strided cross-correlation, by XLA."""
-    padding = [(spec.padding, spec.padding)] * 2
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (spec.stride, spec.stride), padding, dimension_numbers=layout)
-
-
-def conv_transpose_reference(x, kernel, spec):
-    """Transposed convolution as PyTorch defines it: a correlation of the dilated input with the flipped kernel."""
-    flipped = kernel.transpose(1, 2, 0, 3)[::-1, ::-1]
-    border = spec.kernel - 1 - spec.padding
-    return jax.lax.conv_general_dilated(
-        x,
-        flipped,
-        (1, 1),
-        [(border, border)] * 2,
-        lhs_dilation=(spec.stride, spec.stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def assert_same_function(function, reference, x, kernel):
-    """Equal values and equal gradients for both arguments, in double precision."""
-
-    @jax.jit
-    def both(x, kernel, cotangent):
-        expected, reference_vjp = jax.vjp(reference, x, kernel)
-        actual, vjp = jax.vjp(function, x, kernel)
-        return (actual, *vjp(cotangent)), (expected, *reference_vjp(cotangent))
-
-    with jax.enable_x64(True):
-        cotangent = normals(7, *jax.eval_shape(reference, x, kernel).shape)
-        for actual, expected in zip(*both(x, kernel, cotangent), strict=True):
-            assert actual.dtype == np.float64 and actual.shape == expected.shape
-            assert np.max(np.abs(expected)) > 0.1
-            np.testing.assert_allclose(actual, expected, atol=1e-10)
-
-
-@pytest.mark.parametrize("spec, side", image_layers())
-def test_conv_is_a_strided_convolution(spec, side):
-    x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, spec.kernel, spec.kernel, CHANNELS, FEATURES)
-    assert_same_function(
-        lambda x, kernel: convolutions.conv(x, kernel, spec),
-        lambda x, kernel: conv_reference(x, kernel, spec),
-        x,
-        kernel,
-    )
-
-
-@pytest.mark.parametrize("side", [21, 22, 23])
-def test_conv_leaves_out_pixels_that_no_kernel_position_covers(side):
-    spec = ConvSpec(8, 4)
-    x, kernel = normals(1, BATCH, side, side, CHANNELS), normals(2, 8, 8, CHANNELS, FEATURES)
-    assert_same_function(
-        lambda x, kernel: convolutions.conv(x, kernel, spec),
-        lambda x, kernel: conv_reference(x, kernel, spec),
-        x,
-        kernel,
-    )
-
-
-@pytest.mark.parametrize("spec, side", image_layers())
-def test_conv_transpose_is_a_transposed_convolution(spec, side):
-    layer = nnx.eval_shape(lambda: networks.ConvTranspose(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(0)))
-    small = spec.output_size(side)
-    x, kernel = normals(3, BATCH, small, small, CHANNELS), normals(4, CHANNELS, spec.kernel, spec.kernel, FEATURES)
-
-    def image(x, kernel):
-        return layer.unblock(convolutions.conv_transpose_blocks(x, kernel, spec))
-
-    assert_same_function(image, lambda x, kernel: conv_transpose_reference(x, kernel, spec), x, kernel)
-    assert jax.eval_shape(image, x, kernel).shape == (BATCH, side, side, FEATURES)
-
-
-def test_layers_add_their_bias_to_every_pixel():
-    spec = ConvSpec(4, 2, 1)
-    conv = networks.Conv(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(0))
-    transposed = networks.ConvTranspose(CHANNELS, FEATURES, spec, rngs=nnx.Rngs(1))
-    for layer, reference in ((conv, conv_reference), (transposed, conv_transpose_reference)):
-        layer.bias[...] = jnp.arange(1.0, FEATURES + 1)
-        x = jnp.asarray(normals(5, BATCH, 8, 8, CHANNELS), jnp.float32)
-        expected = reference(x, layer.kernel[...], spec) + np.arange(1.0, FEATURES + 1)
-        np.testing.assert_allclose(layer(x), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("block", [1, 2, 4])
-def test_depth_to_space_undoes_space_to_depth(block):
-    x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
-    blocks = np.asarray(convolutions.space_to_depth(jnp.asarray(x), block))
-    assert blocks.shape == (2, 8 // block, 12 // block, block * block * 3)
-    np.testing.assert_array_equal(blocks[1, 1, 2], x[1, block : 2 * block, 2 * block : 3 * block].ravel())
-    np.testing.assert_array_equal(convolutions.depth_to_space(jnp.asarray(blocks), block), x)
 
 
 @pytest.mark.parametrize("side", IMAGE_ENCODERS)
@@ -185,6 +77,39 @@ def test_linear_on_blocks_is_linear_on_their_concatenation():
     expected = np.concatenate([np.broadcast_to(a, (5, 7, 3)), b], axis=-1) @ kernel + np.arange(6.0)
     np.testing.assert_allclose(layer(a=a, b=b), expected, atol=1e-5)
     np.testing.assert_allclose(layer.product(a=a) + layer(b=b), expected, atol=1e-5)
+
+
+def test_several_steps_are_encoded_as_each_alone():
+    """Values and gradients; batch norm takes each step's own mean and variance, and leaves its averages alone."""
+    steps, shape = 3, (16, 16, 2)
+    encoder = networks.Encoder(shape, (3, 4, 5), True, rngs=nnx.Rngs(0))
+    graphdef, params, averages = nnx.split(encoder, nnx.Param, nnx.BatchStat)
+    obs = jnp.asarray(normals(1, steps, 4, *shape), jnp.float32)
+    copy = lambda params, averages: nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, averages)))
+
+    def record(obs):
+        tape = Recorder()
+        return copy(params, averages)(obs, tape=tape), tape.notes
+
+    phi, notes = jax.vmap(record)(obs)
+    cotangent = normals(2, *phi.shape).astype(np.float32)
+
+    def alone(params):
+        play = lambda obs, notes: copy(params, averages)(obs, tape=Player(notes))
+        return jnp.sum(cotangent * jax.vmap(play)(obs, notes))
+
+    def together(params):
+        replayed = copy(params, averages)
+        value = replayed(obs, tape=Player(notes, steps=1))
+        return jnp.sum(cotangent * value), (value, nnx.state(replayed, nnx.BatchStat))
+
+    grads, (value, averages_after) = jax.jit(jax.grad(together, has_aux=True))(params)
+    np.testing.assert_allclose(value, phi, atol=1e-5)
+    assert not np.allclose(phi[0], phi[1], atol=0.1)
+    jax.tree.map(np.testing.assert_array_equal, averages_after, averages)
+    expected = jax.jit(jax.grad(alone))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, expected)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 1
 
 
 def test_gru_cell_is_pytorchs():
