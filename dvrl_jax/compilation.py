@@ -22,11 +22,14 @@ def jit(run: Callable, config) -> jax.stages.Wrapped:
 
 
 def options(config) -> dict[str, str]:
-    """XLA's options for training `config`: products by Eigen for DVRL on vectors, on a CPU. To others it is no gain.
+    """XLA's options for training `config` on a CPU: products by Eigen for DVRL on vectors and the RNN on images.
+
+    To DVRL on images it is no gain, and to the RNN on vectors, which has one thread, a loss.
 
     An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
     """
-    if config.algorithm != "dvrl" or sees_images(config) or jax.default_backend() != "cpu":
+    by_eigen = (config.algorithm == "dvrl") != sees_images(config)
+    if not by_eigen or jax.default_backend() != "cpu":
         return {}
     if OPTION in os.environ.get("XLA_FLAGS", "") or not _is_known(OPTION, SUMS_ALONE):
         return {}

@@ -30,10 +30,10 @@ def test_programs_are_cached_only_where_allowed(tmp_path):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the option is for CPUs")
 @pytest.mark.parametrize(
     ("config", "by_eigen"),
-    [(tiny_hike("dvrl"), True), (tiny_hike("rnn"), False), (tiny_pong("dvrl"), False)],
-    ids=["dvrl on vectors", "rnn on vectors", "dvrl on images"],
+    [(tiny_hike("dvrl"), True), (tiny_hike("rnn"), False), (tiny_pong("dvrl"), False), (tiny_pong("rnn"), True)],
+    ids=["dvrl on vectors", "rnn on vectors", "dvrl on images", "rnn on images"],
 )
-def test_products_of_dvrl_on_vectors_are_not_given_to_ynnpack(config, by_eigen):
+def test_products_of_some_models_are_not_given_to_ynnpack(config, by_eigen):
     x, kernel = jnp.ones((480, 128)), jnp.ones((128, 128))
     text = compilation.jit(lambda x, kernel: x @ kernel, config).lower(x, kernel).compile().as_text()
     assert ("ynn_fusion" not in text) == by_eigen

@@ -141,7 +141,10 @@ class Agent(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def drive(self, encoded: dict[str, Array]) -> Any:
-        """Products of the encoded inputs, `obs` [B, F] and `action` [B, E], with the recurrence's kernels."""
+        """Products of the encoded inputs, `obs` [B, F] and `action` [B, E], with the recurrence's kernels.
+
+        Learning asks for several steps at once, [T, B, F] and [T, B, E].
+        """
 
     def encode_action(self, prev_action: Array, tape: Tape = NO_TAPE) -> Array | None:
         """phi_a [B, E] of prev_action [B, A]; None without action encoding."""
