@@ -349,17 +349,15 @@ def make_learner(config, env: Environment) -> Learner:
             belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
             return None, (belief, info.encoding_loss, info.metrics)
 
-        def judge(belief, action, notes):
-            agent = agent_of(params, batch_stats)
-            features = agent.policy_features(belief, Player(notes))
-            policy = agent.policy(features)
-            return agent.value(features), policy.log_prob(action), policy.entropy()
-
         inputs, steps = recur(params, h, batch_stats, segment)
         xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
         _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
         # Summaries of beliefs depend on no other step: all steps at once.
-        steps = Steps(*jax.vmap(judge)(beliefs, rollout.action, rollout.summary_notes), *weighed)
+        agent = agent_of(params, batch_stats)
+        features = agent.policy_features(beliefs, Player(rollout.summary_notes, steps=1))
+        policy = agent.policy(features)
+        judged = agent.value(features), policy.log_prob(rollout.action), policy.entropy()
+        steps = Steps(*judged, *weighed)
         reward = config.loss.reward_scale * rollout.env.reward
         returns = n_step_returns(reward, rollout.env.done, rollout.bootstrap, gamma)
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)

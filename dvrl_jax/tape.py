@@ -41,7 +41,8 @@ class Tape:
         steps: how many axes in front of all others count steps of an episode: 0, or 1 where several are replayed.
     """
 
-    steps = 0
+    def __init__(self, steps: int = 0):
+        self.steps = steps
 
     def __call__(self, x: Array) -> Array:
         return x
@@ -63,6 +64,7 @@ class Recorder(Tape):
     """Notes what passes, in order; no gradient flows into the notes."""
 
     def __init__(self):
+        super().__init__()
         self._notes: list[Any] = []
 
     @property
@@ -94,8 +96,8 @@ class Player(Tape):
     """Answers with the notes of a `Recorder`, in order; with `steps` = 1 those of several steps, stacked."""
 
     def __init__(self, notes: Iterable[Any], steps: int = 0):
+        super().__init__(steps)
         self._notes = iter(notes)
-        self.steps = steps
 
     def __call__(self, x: Array) -> Array:
         return recall(x, next(self._notes))
@@ -110,9 +112,10 @@ class Player(Tape):
     def scan(self, step, init, xs):
         def played(carry, x):
             x, notes = x
-            return step(carry, x, Player(notes))
+            return step(carry, x, Player(notes, self.steps))
 
-        return jax.lax.scan(played, init, (xs, next(self._notes)))
+        notes = jax.tree.map(lambda x: jnp.moveaxis(x, self.steps, 0), next(self._notes))
+        return jax.lax.scan(played, init, (xs, notes))
 
 
 @jax.custom_vjp

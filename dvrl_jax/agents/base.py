@@ -173,14 +173,17 @@ class Agent(nnx.Module, abc.ABC):
         return self.policy(features), self.value(features)
 
     def policy_features(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
-        """What actor and critic see, [B, H]: the belief's summary, batch-normalised if so configured."""
+        """What actor and critic see, [B, H]: the belief's summary, batch-normalised if so configured.
+
+        With a tape of several steps, of beliefs with one more axis in front: [T, B, H].
+        """
         features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief, tape)
         if self.summary_norm is not None:
-            features = self.summary_norm(features, self.use_running_average)
+            features = self.summary_norm(features, self.use_running_average, Tape(tape.steps))
         return features
 
     def policy(self, features: Array) -> distrax.Distribution:
-        """Policy over B actions: categorical, or diagonal normal with a standard deviation that is a parameter."""
+        """Policy over actions [..., B]: categorical, or diagonal normal with a parameter for its deviation."""
         out = self.policy_head(x=features)
         if self.action.discrete:
             return distrax.Categorical(logits=out)
@@ -188,8 +191,8 @@ class Agent(nnx.Module, abc.ABC):
         return distrax.MultivariateNormalDiag(out, std)
 
     def value(self, features: Array) -> Array:
-        """Value [B]."""
-        return self.value_head(x=features)[:, 0]
+        """Value [..., B]."""
+        return self.value_head(x=features)[..., 0]
 
     @abc.abstractmethod
     def initial(self, num_envs: int) -> Any:
@@ -230,7 +233,7 @@ class Agent(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def summarise(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
-        """The belief as one vector per environment, [B, H]."""
+        """The belief as one vector per environment, [B, H]; learning asks for several steps at once, [T, B, H]."""
 
     @abc.abstractmethod
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:

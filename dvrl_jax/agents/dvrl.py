@@ -166,14 +166,14 @@ class DVRL(Agent):
         weight = pf.normalised_weights(belief.log_weight)[..., None]
         inputs = {"h": belief.h, "phi_z": belief.phi_z, "weight": weight}
         if self.num_particles == 1:
-            return self.summary(**inputs)[:, 0]
+            return self.summary(**inputs)[..., 0, :]
         gates = self.summary.product(**inputs)
-        state = jnp.zeros_like(belief.h[:, 0])
+        state = jnp.zeros_like(belief.h[..., 0, :])
 
         def read(state, gates, tape):
             return self.summary(state, gates, tape), None
 
-        return tape.scan(read, state, jnp.moveaxis(gates, 1, 0))[0]
+        return tape.scan(read, state, jnp.moveaxis(gates, -2, 0))[0]
 
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""
