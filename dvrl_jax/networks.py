@@ -82,8 +82,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Normalises x [..., C]; of several steps [T, ..., C] (see `Tape.steps`), each by itself."""
-        steps = x.shape[: tape.steps]
-        spread = lambda stat: stat.reshape(*steps, *(1,) * (x.ndim - 1 - tape.steps), -1)  # [T, C] against x.
+        spread = lambda stat: jnp.expand_dims(stat, tuple(range(stat.ndim - 1, x.ndim - 1)))  # [C], [T, C] against x.
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
@@ -91,7 +90,7 @@ class BatchNorm(nnx.Module):
             count = math.prod(x.shape[tape.steps : -1])
             mean = spread(tape(jnp.mean(x, axes)))
             var = spread(tape(jnp.mean(jnp.square(x - mean), axes)))
-            if not steps:
+            if not tape.steps:
                 self._move_averages(mean, var * (count / max(count - 1, 1)))
         x = (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
         scale, bias = self.scale[...], self.bias[...]
