@@ -62,6 +62,15 @@ def conv_transpose_blocks(x: Array, kernel: Array, spec: ConvSpec) -> Array:
     return (tiled_conv_transpose if tiles_pay(kernels, x.shape[1]) else shifted_conv_transpose)(x, kernels)
 
 
+def matmul(x: Array, kernel: Array) -> Array:
+    """Product of x [..., in] with kernel [in, out]: [..., out].
+
+    All rows are put on one axis first: where the kernel's gradient sums over several axes, XLA's CPU back end copies
+    and transposes operands.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def space_to_depth(x: Array, block: int) -> Array:
     """Rearranges x [N, H, W, C] into [N, H/block, W/block, block*block*C]."""
     n, height, width, channels = x.shape
@@ -210,11 +219,7 @@ def _fill_tiles(x: Array, size: int, taps: int) -> Array:
 def _products(tiles: Square, kernels: Array) -> Square:
     """Products of 4 x 4 arrays [N, T, T, C] with the 4 x 4 kernels made of [m, m, C, D]: 4 x 4 arrays [N, T, T, D]."""
     kernels = [_mixed_taps(row) for row in _mixed_taps(kernels)]
-    rows = lambda x: x.reshape(-1, x.shape[-1])
-    return [
-        [(rows(x) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]) for x, kernel in zip(*line, strict=True)]
-        for line in zip(tiles, kernels, strict=True)
-    ]
+    return [[matmul(*pair) for pair in zip(*line, strict=True)] for line in zip(tiles, kernels, strict=True)]
 
 
 def _mixed_taps(g: Array) -> tuple[Array, ...]:
@@ -247,7 +252,10 @@ def _outputs_adjoint(y: Sequence[Array], taps: int) -> tuple[Array, ...]:
 
 
 def _adjoint_pair(forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """Two linear maps f(x, taps), each the gradient of the other; XLA would scatter what they read by slices."""
+    """Two linear maps f(x, taps), each made the gradient of the other.
+
+    By itself JAX would add up 16 padded arrays, one for each strided slice.
+    """
 
     def with_gradient(function: Callable, adjoint: Callable) -> Callable:
         result = jax.custom_vjp(function, nondiff_argnums=(1,))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, space_to_depth
+from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, matmul, space_to_depth
 from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape, recall
 
 RELU_GAIN = math.sqrt(2.0)
@@ -26,15 +26,6 @@ Array = jax.Array
 def orthogonal(key: Array, rows: int, columns: int, gain: float) -> Array:
     """Draws a matrix [rows, columns] with orthonormal rows or columns (whichever are fewer), times `gain`."""
     return jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
-
-
-def matmul(x: Array, kernel: Array) -> Array:
-    """Product of x [..., in] with kernel [in, out]: [..., out].
-
-    All rows are put on one axis first: where the kernel's gradient sums over several axes, XLA's CPU back end copies
-    and transposes operands.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nnx.Module):
@@ -88,18 +79,18 @@ class BatchNorm(nnx.Module):
         else:
             axes = tuple(range(tape.steps, x.ndim - 1))
             count = math.prod(x.shape[tape.steps : -1])
-            mean = spread(tape(jnp.mean(x, axes)))
-            var = spread(tape(jnp.mean(jnp.square(x - mean), axes)))
+            mean = tape(jnp.mean(x, axes))
+            var = tape(jnp.mean(jnp.square(x - spread(mean)), axes))
             if not tape.steps:
                 self._move_averages(mean, var * (count / max(count - 1, 1)))
-        x = (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        x = (x - spread(mean)) * jax.lax.rsqrt(spread(var) + BATCH_NORM_EPSILON)
         scale, bias = self.scale[...], self.bias[...]
         # Too large to note, and cheap: the value of the time of acting is computed again.
         return recall(x * scale + bias, x * spread(tape.then(scale)) + spread(tape.then(bias)))
 
     def _move_averages(self, mean: Array, var: Array) -> None:
         for average, new in ((self.mean, mean), (self.var, var)):
-            average[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(new).reshape(-1) - average[...])
+            average[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(new) - average[...])
 
 
 class Activation(nnx.Module):

@@ -9,6 +9,7 @@ from flax import nnx
 from dvrl_jax import convolutions, networks
 from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.networks import IMAGE_ENCODERS
+from tests.tiny import normals
 
 CHANNELS, FEATURES, BATCH = 3, 5, 2
 WIDTHS = [pytest.param(CHANNELS, FEATURES, id="shifted copies"), pytest.param(33, 32, id="tiles where they pay")]
@@ -26,10 +27,6 @@ def image_layers():
             layers.append(pytest.param(spec, side, id=f"{side}-{spec.kernel}_{spec.stride}_{spec.padding}"))
             side = spec.output_size(side)
     return layers
-
-
-def normals(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def conv_reference(x, kernel, spec):

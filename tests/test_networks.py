@@ -11,14 +11,12 @@ from flax import nnx
 from configs import mountain_hike_dvrl, pong_dvrl
 from dvrl_jax import networks
 from dvrl_jax.a2c import make_agent
+from dvrl_jax.agents.base import bind
 from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.envs import ActionSpec, ObservationSpec
 from dvrl_jax.networks import IMAGE_ENCODERS
 from dvrl_jax.tape import Player, Recorder
-
-
-def normals(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
+from tests.tiny import normals
 
 
 def stand_in(obs_shape, dtype, discrete, size):
@@ -85,21 +83,20 @@ def test_several_steps_are_encoded_as_each_alone():
     encoder = networks.Encoder(shape, (3, 4, 5), True, rngs=nnx.Rngs(0))
     graphdef, params, averages = nnx.split(encoder, nnx.Param, nnx.BatchStat)
     obs = jnp.asarray(normals(1, steps, 4, *shape), jnp.float32)
-    copy = lambda params, averages: nnx.merge(graphdef, *jax.tree.map(lambda x: x, (params, averages)))
 
     def record(obs):
         tape = Recorder()
-        return copy(params, averages)(obs, tape=tape), tape.notes
+        return bind(graphdef, params, averages)(obs, tape=tape), tape.notes
 
     phi, notes = jax.vmap(record)(obs)
     cotangent = normals(2, *phi.shape).astype(np.float32)
 
     def alone(params):
-        play = lambda obs, notes: copy(params, averages)(obs, tape=Player(notes))
+        play = lambda obs, notes: bind(graphdef, params, averages)(obs, tape=Player(notes))
         return jnp.sum(cotangent * jax.vmap(play)(obs, notes))
 
     def together(params):
-        replayed = copy(params, averages)
+        replayed = bind(graphdef, params, averages)
         value = replayed(obs, tape=Player(notes, steps=1))
         return jnp.sum(cotangent * value), (value, nnx.state(replayed, nnx.BatchStat))
 

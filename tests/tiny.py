@@ -1,4 +1,4 @@
-"""Small things that several tests share: a memory task, small configurations, and training without the command line."""
+"""Small things that several tests share: random numbers, a memory task, configurations, training without a command."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,11 @@ from configs import default, mountain_hike_dvrl, mountain_hike_rnn
 from dvrl_jax import config as config_lib
 from dvrl_jax import training
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+
+
+def normals(seed, *shape):
+    """Standard normal numbers of this shape."""
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def tiny_config(algorithm: str, **fields):
