@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, matmul, space_to_depth
-from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape, recall
+from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape
 
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
@@ -73,24 +73,62 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Normalises x [..., C]; of several steps [T, ..., C] (see `Tape.steps`), each by itself."""
-        spread = lambda stat: jnp.expand_dims(stat, tuple(range(stat.ndim - 1, x.ndim - 1)))  # [C], [T, C] against x.
         if use_running_average:
             mean, var = self.mean[...], self.var[...]
-        else:
-            axes = tuple(range(tape.steps, x.ndim - 1))
-            count = math.prod(x.shape[tape.steps : -1])
-            mean = tape(jnp.mean(x, axes))
-            var = tape(jnp.mean(jnp.square(x - spread(mean)), axes))
-            if not tape.steps:
-                self._move_averages(mean, var * (count / max(count - 1, 1)))
-        x = (x - spread(mean)) * jax.lax.rsqrt(spread(var) + BATCH_NORM_EPSILON)
+            return (x - mean) * (self.scale[...] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)) + self.bias[...]
+        axes = tuple(range(tape.steps, x.ndim - 1))
+        count = math.prod(x.shape[tape.steps : -1])
+        mean = tape.then(jnp.mean(x, axes))
+        var = tape.then(jnp.mean(jnp.square(x - _spread(mean, x)), axes))
+        if not tape.steps:
+            self._move_averages(mean, var * (count / max(count - 1, 1)))
         scale, bias = self.scale[...], self.bias[...]
         # Too large to note, and cheap: the value of the time of acting is computed again.
-        return recall(x * scale + bias, x * spread(tape.then(scale)) + spread(tape.then(bias)))
+        return normalise(x, scale, bias, mean, var, tape.then(scale), tape.then(bias))
 
     def _move_averages(self, mean: Array, var: Array) -> None:
         for average, new in ((self.mean, mean), (self.var, var)):
             average[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(new) - average[...])
+
+
+def _spread(stat: Array, x: Array) -> Array:
+    """Puts statistics [C], or [T, C] of several steps, against x [..., C] or [T, ..., C]."""
+    return jnp.expand_dims(stat, tuple(range(stat.ndim - 1, x.ndim - 1)))
+
+
+@jax.custom_vjp
+def normalise(x: Array, scale: Array, bias: Array, mean: Array, var: Array, old_scale: Array, old_bias: Array) -> Array:
+    """Batch normalisation of x [..., C] by its own mean and variance [C], or of each step by its own, [T, C].
+
+    Returns (x - mean) / sqrt(var + eps) * old_scale + old_bias, with the gradient that this has for `scale` and `bias`
+    [C] in place of the old ones and, through mean and variance, for x. By itself JAX would go over x for it about seven
+    times instead of four.
+    """
+    del scale, bias
+    rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+    return (x - _spread(mean, x)) * _spread(rate * old_scale, x) + _spread(old_bias, x)
+
+
+def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias):
+    return normalise(x, scale, bias, mean, var, old_scale, old_bias), (x, scale, mean, var)
+
+
+def _normalise_bwd(residuals, grad: Array):
+    """Of y = scale * n + bias with n = rate * (x - mean): dx = scale * rate * (dy - mean(dy) - n * mean(dy * n))."""
+    x, scale, mean, var = residuals
+    axes = tuple(range(mean.ndim - 1, x.ndim - 1))
+    count = math.prod(x.shape[axis] for axis in axes)
+    rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+    centred = x - _spread(mean, x)
+    bias_grad = jnp.sum(grad, axes)
+    scale_grad = jnp.sum(grad * centred, axes) * rate
+    by_centred, by_one = (_spread(scale * rate * total / count, x) for total in (rate * scale_grad, bias_grad))
+    x_grad = _spread(scale * rate, x) * grad - by_centred * centred - by_one
+    over_steps = lambda total: jnp.sum(total.reshape(-1, total.shape[-1]), 0)
+    return x_grad, over_steps(scale_grad), over_steps(bias_grad), None, None, None, None
+
+
+normalise.defvjp(_normalise_fwd, _normalise_bwd)
 
 
 class Activation(nnx.Module):

@@ -116,6 +116,14 @@ def test_layers_add_their_bias_to_every_pixel():
         np.testing.assert_allclose(layer(x), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [7, 1024])
+def test_matmul_of_several_axes_with_small_and_large_kernels(width):
+    """Gradients of a large kernel's rows are taken with a turned copy of it."""
+    x, kernel = normals(1, 2, 3, 256), normals(2, 256, width)
+    assert convolutions.turning_pays(kernel) == (width == 1024 and jax.default_backend() == "cpu")
+    assert_same_function(convolutions.matmul, lambda x, kernel: jnp.einsum("abi,io->abo", x, kernel), x, kernel)
+
+
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_depth_to_space_undoes_space_to_depth(block):
     x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)

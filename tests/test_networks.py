@@ -185,6 +185,39 @@ def test_gradient_passes_through_the_batchs_statistics(norm):
     np.testing.assert_allclose(gradient(True), np.broadcast_to([1.0, 2.0, -0.5], x.shape), rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_batch_norms_gradient_is_that_of_its_formula(steps):
+    """In double precision, for x, scale and bias; each of several steps is normalised by itself."""
+    axes = tuple(range(steps, 3))
+
+    def formula(x, scale, bias):
+        mean, var = jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+    def normalised(x, scale, bias):
+        stats = jax.lax.stop_gradient((jnp.mean(x, axes), jnp.var(x, axes)))
+        return networks.normalise(x, scale, bias, *stats, jax.lax.stop_gradient(scale), jax.lax.stop_gradient(bias))
+
+    with jax.enable_x64(True):
+        x, cotangent = (jnp.asarray(np.stack([batch(i), batch(i + 1)]) * [1.0, 2.0, 3.0]) for i in (1, 3))
+        scale, bias = jnp.array([1.0, 2.0, -0.5]), jnp.array([0.0, 1.0, 3.0])
+        expected, expected_vjp = jax.vjp(formula, x, scale, bias)
+        actual, vjp = jax.vjp(normalised, x, scale, bias)
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
+        for ours, theirs in zip(vjp(cotangent), expected_vjp(cotangent), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-10)
+
+
+def test_batch_norm_has_the_old_scales_value_and_the_new_ones_gradient():
+    x, new, old, zero = jnp.asarray(batch(1), jnp.float32), jnp.full(3, 2.0), jnp.full(3, 5.0), jnp.zeros(3)
+    stats = jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
+    weights = jnp.asarray(normals(2, *x.shape), jnp.float32)
+    total = lambda x, scale, old_scale: jnp.sum(weights * networks.normalise(x, scale, zero, *stats, old_scale, zero))
+    np.testing.assert_allclose(total(x, new, old), total(x, old, old), rtol=1e-5)
+    np.testing.assert_allclose(total(x, new, old), 2.5 * total(x, new, new), rtol=1e-4)
+    np.testing.assert_allclose(jax.grad(total)(x, new, old), jax.grad(total)(x, new, new), atol=1e-5)
+
+
 # --- Initialisation --------------------------------------------------------------------------------------------------
 
 
