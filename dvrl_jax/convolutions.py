@@ -93,6 +93,15 @@ _turning_product.defvjp(
 )
 
 
+def _whole(x: Array) -> Array:
+    """x, computed once and kept: its first number is overwritten with itself.
+
+    Otherwise XLA's CPU back end computes what is cheap again in every operation that reads it (16 sums, for tiles),
+    and `optimization_barrier` is gone by the time that it decides so.
+    """
+    return jax.lax.dynamic_update_slice(x, x[(slice(1),) * x.ndim], (0,) * x.ndim)
+
+
 def space_to_depth(x: Array, block: int) -> Array:
     """Rearranges x [N, H, W, C] into [N, H/block, W/block, block*block*C]."""
     n, height, width, channels = x.shape
@@ -285,15 +294,6 @@ def _adjoint_pair(forward: Callable, backward: Callable) -> tuple[Callable, Call
         return result
 
     return with_gradient(forward, backward), with_gradient(backward, forward)
-
-
-def _whole(x: Array) -> Array:
-    """x, computed once and kept: its first number is overwritten with itself.
-
-    Otherwise XLA's CPU back end computes what is cheap again in every operation that reads it (here in 16 sums), and
-    `optimization_barrier` is gone by the time that it decides so.
-    """
-    return jax.lax.dynamic_update_slice(x, x[(slice(1),) * x.ndim], (0,) * x.ndim)
 
 
 def _read_windows(x: Array, taps: int) -> Square:

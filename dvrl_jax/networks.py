@@ -74,8 +74,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
         """Normalises x [..., C]; of several steps [T, ..., C] (see `Tape.steps`), each by itself."""
         if use_running_average:
-            mean, var = self.mean[...], self.var[...]
-            return (x - mean) * (self.scale[...] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)) + self.bias[...]
+            return _scaled(x, self.scale[...], self.bias[...], self.mean[...], self.var[...])
         axes = tuple(range(tape.steps, x.ndim - 1))
         count = math.prod(x.shape[tape.steps : -1])
         mean = tape.then(jnp.mean(x, axes))
@@ -88,12 +87,18 @@ class BatchNorm(nnx.Module):
 
     def _move_averages(self, mean: Array, var: Array) -> None:
         for average, new in ((self.mean, mean), (self.var, var)):
-            average[...] += BATCH_NORM_MOMENTUM * (jax.lax.stop_gradient(new) - average[...])
+            average[...] += BATCH_NORM_MOMENTUM * (new - average[...])
 
 
 def _spread(stat: Array, x: Array) -> Array:
     """Puts statistics [C], or [T, C] of several steps, against x [..., C] or [T, ..., C]."""
     return jnp.expand_dims(stat, tuple(range(stat.ndim - 1, x.ndim - 1)))
+
+
+def _scaled(x: Array, scale: Array, bias: Array, mean: Array, var: Array) -> Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias, with statistics as `_spread` takes them."""
+    rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+    return (x - _spread(mean, x)) * _spread(rate * scale, x) + _spread(bias, x)
 
 
 @jax.custom_vjp
@@ -105,8 +110,7 @@ def normalise(x: Array, scale: Array, bias: Array, mean: Array, var: Array, old_
     times instead of four.
     """
     del scale, bias
-    rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-    return (x - _spread(mean, x)) * _spread(rate * old_scale, x) + _spread(old_bias, x)
+    return _scaled(x, old_scale, old_bias, mean, var)
 
 
 def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias):
