@@ -425,9 +425,13 @@ def make_learner(config, env: Environment) -> Learner:
         grads, outcome = learn(state.params, state.batch_stats, rollout, earlier)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
-        good = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
+        finite = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
         known = (state.params, state.batch_stats, state.opt_state)
-        params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), learned, known)
+        # A choice per array would repeat the whole chain of "and"s of `finite` in each one's code.
+        (params, batch_stats, opt_state), skipped_in_row = jax.lax.cond(
+            finite, lambda: (learned, 0), lambda: (known, state.skipped_in_row + 1)
+        )
+        good = skipped_in_row == 0
         return TrainState(
             params=params,
             batch_stats=batch_stats,
@@ -440,7 +444,7 @@ def make_learner(config, env: Environment) -> Learner:
             update=state.update + 1,
             env_steps=state.env_steps + jnp.sum(rollout.env.transition, dtype=jnp.uint32),
             skipped=state.skipped + ~good,
-            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+            skipped_in_row=skipped_in_row,
         )
 
     def recover(actor: Actor, skipped: Array) -> Actor:
