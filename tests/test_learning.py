@@ -9,9 +9,10 @@ from dvrl_jax.agents import Agent
 from tests.tiny import Recall, tiny_config
 
 BEST = Recall.LENGTH - 1
+UPDATES = 300  # Six times as many as both agents need.
 
 
-def mean_return_after_training(algorithm: str, updates: int) -> float:
+def mean_return_after_training(algorithm: str) -> float:
     config = tiny_config(
         algorithm,
         num_envs=16,
@@ -25,18 +26,18 @@ def mean_return_after_training(algorithm: str, updates: int) -> float:
         optimizer__learning_rate=2e-3,
     )
     learner = a2c.make_learner(config, Recall(config.num_envs))
-    state = jax.jit(learner.run)(learner.init(jax.random.PRNGKey(0)), jnp.int32(updates))
+    state = jax.jit(learner.run)(learner.init(jax.random.PRNGKey(0)), jnp.int32(UPDATES))
     return state.episodes.summary()["result.mean"]
 
 
-@pytest.mark.parametrize(("algorithm", "updates"), [("rnn", 1000), ("dvrl", 1500)])
-def test_learns_to_remember(algorithm, updates):
-    assert mean_return_after_training(algorithm, updates) > 0.8 * BEST
+@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
+def test_learns_to_remember(algorithm):
+    assert mean_return_after_training(algorithm) > 0.8 * BEST
 
 
-@pytest.mark.parametrize(("algorithm", "updates"), [("rnn", 1000), ("dvrl", 1500)])
-def test_a_broken_belief_learns_nothing(algorithm, updates, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
+def test_a_broken_belief_learns_nothing(algorithm, monkeypatch):
     """The same training with the belief set to zero in every step stays at chance."""
     intact = Agent.restart
     monkeypatch.setattr(Agent, "restart", staticmethod(lambda belief, fresh: intact(belief, jnp.ones_like(fresh))))
-    assert mean_return_after_training(algorithm, updates) < 0.3 * BEST
+    assert mean_return_after_training(algorithm) < 0.3 * BEST

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import atari_dvrl, default
 from dvrl_jax import config as config_lib
 from dvrl_jax import loggers, reconstructions, runs
-from tests.test_resume import STEPS_PER_UPDATE
+from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train
 
 

@@ -14,10 +14,10 @@ import pytest
 from configs import default
 from dvrl_jax import config as config_lib
 from dvrl_jax import evaluation, runs, training
+from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 
 ROOT = Path(__file__).parent.parent
-STEPS_PER_UPDATE = 4 * 5
 
 
 @pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])

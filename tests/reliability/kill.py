@@ -31,7 +31,7 @@ from tests.tiny import checkpoint_arrays, untimed
 
 ROOT = Path(__file__).parent.parent.parent
 LOG_INTERVAL, CHECKPOINT_INTERVAL = 10, 40
-STEPS_PER_UPDATE = 4 * 5
+STEPS_PER_UPDATE = 10 * 2
 ENDLESS = 2**31
 TIMEOUT = 900  # Seconds that a process may take to reach the moment it is to be killed at; generous for slow machines.
 
@@ -40,8 +40,9 @@ class Process:
     """One `train.py` in `workdir`, its output in a file."""
 
     def __init__(self, workdir: Path, updates: int, cache: Path):
-        small = ["num_envs=4", "model.channels=(8,8)", "model.h_dim=8", "model.z_dim=5", "model.action_encoding=4"]
-        small += ["model.num_particles=3", f"log.interval={LOG_INTERVAL}", f"checkpoint.interval={CHECKPOINT_INTERVAL}"]
+        small = ["num_envs=10", "num_steps=2", "model.channels=(8,8)", "model.h_dim=8", "model.z_dim=5"]
+        small += ["model.action_encoding=4", "model.num_particles=3"]
+        small += [f"log.interval={LOG_INTERVAL}", f"checkpoint.interval={CHECKPOINT_INTERVAL}"]
         small += [f"total_env_steps={updates * STEPS_PER_UPDATE}"]
         command = [sys.executable, "train.py", "--config=configs/mountain_hike_dvrl.py", f"--workdir={workdir}"]
         command += [f"--config.{field}" for field in small]

@@ -21,7 +21,7 @@ from dvrl_jax import a2c, checkpoints, envs, evaluation, runs, training
 from tests import tiny
 
 PACKAGE = Path(checkpoints.__file__).parent
-UPDATES, STEPS_PER_UPDATE = (20, 40, 60), 4 * 5
+UPDATES, STEPS_PER_UPDATE = (20, 40, 60), tiny.HIKE_STEPS_PER_UPDATE
 
 
 def train(workdir, **overrides):
