@@ -49,7 +49,7 @@ def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
     assert reconstructions.saved_updates(tmp_path / "run") == [12, 24, 36, 48]
     arrays = reconstructions.load(tmp_path / "run", 36)
     assert arrays.keys() == {"observation", "prediction_0", "prediction_2", "env_steps"}
-    assert arrays["prediction_2"].shape == arrays["observation"].shape == (4, 2)
+    assert arrays["prediction_2"].shape == arrays["observation"].shape == (config.num_envs, 2)
     assert arrays["env_steps"] == 36 * STEPS_PER_UPDATE and np.all(np.isfinite(arrays["prediction_2"]))
 
     quiet = {"log__tensorboard": False, "total_env_steps": 50 * STEPS_PER_UPDATE}
