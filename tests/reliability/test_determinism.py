@@ -34,10 +34,7 @@ def test_a_seed_fixes_everything(tmp_path, task):
     for tree in ("params", "batch_stats", "opt_state", "episodes"):
         for x, y in zip(*(jax.tree.leaves(getattr(s, tree)) for s in (state, again)), strict=True):
             np.testing.assert_array_equal(x, y)
-
-
-def test_another_seed_changes_everything(tmp_path):
-    (_, lines), (_, others) = (train(tmp_path / str(seed), hike(), seed=seed) for seed in (3, 4))
+    _, others = train(tmp_path / "other", task(), seed=4)
     assert all(line["loss.total"] != other["loss.total"] for line, other in zip(lines, others, strict=True))
 
 
