@@ -12,7 +12,10 @@ from dvrl_jax import config as config_lib
 from dvrl_jax import training
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
 
-HIKE_STEPS_PER_UPDATE = 20  # Of `tiny_hike`.
+# Fields of `tiny_hike`.
+HIKE = {"num_envs": 10, "num_steps": 2, "model.channels": (8, 8), "model.h_dim": 8, "model.z_dim": 5}
+HIKE |= {"model.action_encoding": 4, "model.num_particles": 3}
+HIKE_STEPS_PER_UPDATE = HIKE["num_envs"] * HIKE["num_steps"]
 
 
 def normals(seed, *shape):
@@ -41,9 +44,7 @@ def tiny_pong(algorithm: str):
 def tiny_hike(algorithm: str, **fields):
     """Mountain Hike with small networks and short segments."""
     c = (mountain_hike_dvrl if algorithm == "dvrl" else mountain_hike_rnn).get_config()
-    small = {"num_envs": 10, "num_steps": 2, "log.interval": 10, "checkpoint.interval": 0}
-    small |= {"model.channels": (8, 8), "model.h_dim": 8, "model.z_dim": 5, "model.action_encoding": 4}
-    small |= {"model.num_particles": 3}
+    small = HIKE | {"log.interval": 10, "checkpoint.interval": 0}
     c.update_from_flattened_dict(small | {name.replace("__", "."): value for name, value in fields.items()})
     return c
 

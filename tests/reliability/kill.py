@@ -27,11 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dvrl_jax import runs
-from tests.tiny import checkpoint_arrays, untimed
+from tests.tiny import HIKE, checkpoint_arrays, untimed
+from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 
 ROOT = Path(__file__).parent.parent.parent
 LOG_INTERVAL, CHECKPOINT_INTERVAL = 10, 40
-STEPS_PER_UPDATE = 10 * 2
 ENDLESS = 2**31
 TIMEOUT = 900  # Seconds that a process may take to reach the moment it is to be killed at; generous for slow machines.
 
@@ -40,12 +40,10 @@ class Process:
     """One `train.py` in `workdir`, its output in a file."""
 
     def __init__(self, workdir: Path, updates: int, cache: Path):
-        small = ["num_envs=10", "num_steps=2", "model.channels=(8,8)", "model.h_dim=8", "model.z_dim=5"]
-        small += ["model.action_encoding=4", "model.num_particles=3"]
-        small += [f"log.interval={LOG_INTERVAL}", f"checkpoint.interval={CHECKPOINT_INTERVAL}"]
-        small += [f"total_env_steps={updates * STEPS_PER_UPDATE}"]
+        fields = HIKE | {"log.interval": LOG_INTERVAL, "checkpoint.interval": CHECKPOINT_INTERVAL}
+        fields |= {"total_env_steps": updates * STEPS_PER_UPDATE}
         command = [sys.executable, "train.py", "--config=configs/mountain_hike_dvrl.py", f"--workdir={workdir}"]
-        command += [f"--config.{field}" for field in small]
+        command += [f"--config.{name}={value}" for name, value in fields.items()]
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
