@@ -6,7 +6,9 @@ segments of the window, under the current weights. The recurrent state is detach
 
 An update first *acts* for a segment, without gradients, and keeps what was computed on the way. Then it *learns*: the
 encoder and the recurrence of the segment run once more, then what each step foresaw and chose, and this is what is
-differentiated (see `tape.py` for why the second pass is nearly free).
+differentiated (see `tape.py` for why the second pass is nearly free). The gradient goes back in time through the
+recurrence of one segment after the other, and last, for all of them, through the encoder, where no step depends on
+another.
 
 `make_learner` returns the pure functions that training consists of. Everything between two log lines, the
 environments included, is one call of `Learner.run`.
@@ -22,9 +24,10 @@ import optax
 from flax import nnx
 
 from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind
+from dvrl_jax.distinct import Distinct, is_blank
 from dvrl_jax.envs.base import Environment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
-from dvrl_jax.tape import Player, Recorder
+from dvrl_jax.tape import Player, Recorder, RowPlayer
 
 Array = jax.Array
 
@@ -107,7 +110,8 @@ def make_optimizer(config) -> optax.GradientTransformation:
 class Notes(NamedTuple):
     """What the layers computed in T steps, by tape (see `agents.Tapes`): tuples of arrays [T, ...]."""
 
-    encode: tuple
+    see: tuple
+    add_action: tuple
     transition: tuple
     weigh: tuple
     summarise: tuple
@@ -118,12 +122,14 @@ class Segment(NamedTuple):
 
     Attributes:
         h: [B, ...] recurrent state before the first step.
-        obs: [T, B, ...]. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of [T, B, ...].
+        obs: [T, B, ...]. blank: [T, B], which are all zeros. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of
+        [T, B, ...].
         notes: what encoder and recurrence computed; the others are empty.
     """
 
     h: Array
     obs: Array
+    blank: Array
     prev_action: Array
     fresh: Array
     trace: Any
@@ -131,7 +137,7 @@ class Segment(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The earlier segments of the window, on a leading axis of `bptt_segments` - 1; the first `length` are filled."""
+    """The segments of the window, on a leading axis of `bptt_segments`; the first `length` are filled."""
 
     segments: Segment
     length: Array
@@ -258,7 +264,7 @@ def observe(agent: Agent, actor: Actor, draws: Any, tapes: Tapes = NO_TAPES) -> 
     belief = agent.restart(actor.belief, actor.fresh)
     first = agent.initial_action(actor.fresh.shape[0])
     prev_action = jnp.where(actor.fresh[:, None], first, actor.prev_action)
-    inputs = agent.encode(actor.env.obs, prev_action, tapes.encode)
+    inputs = agent.encode(actor.env.obs, prev_action, tapes)
     belief, info = agent.update(belief, inputs, actor.env.obs, draws, tapes)
     return belief, info, prev_action
 
@@ -276,7 +282,7 @@ def make_learner(config, env: Environment) -> Learner:
     a segment, `gradient` is the gradient across the window, and `draw` makes a segment's randomness.
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
-    capacity = config.bptt_segments - 1
+    capacity = config.bptt_segments
     unroll = min(num_steps, MOST_UNROLLED)
     optimizer = make_optimizer(config.optimizer)
     abstract_agent = nnx.eval_shape(lambda: make_agent(config, env, jax.random.key(0)))
@@ -304,7 +310,8 @@ def make_learner(config, env: Environment) -> Learner:
         # A transition that ends an episode, or a call that delivered a new episode's first frame.
         fresh = outcome.done | ~outcome.transition
         notes = Notes(*(tape.notes for tape in tapes))
-        kept = (actor.env.obs, prev_action, actor.fresh, info.trace, notes._replace(weigh=(), summarise=()))
+        obs, kept_notes = actor.env.obs, notes._replace(weigh=(), summarise=())
+        kept = (obs, is_blank(obs), prev_action, actor.fresh, info.trace, kept_notes)
         actor = Actor(outcome, belief, agent.action_vector(action), fresh)
         outcome = outcome._replace(inner=(), obs=())
         return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, notes.summarise, action, outcome)
@@ -321,8 +328,8 @@ def make_learner(config, env: Environment) -> Learner:
         bootstrap = agent.value(agent.policy_features(belief))
         return Rollout(end, batch_stats, Segment(actor.belief.h, *kept), *rest, bootstrap)
 
-    def recur(params: nnx.State, h: Array, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
-        """Encoder and recurrence of a segment again, from recurrent state h, for the gradient.
+    def recur(params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
+        """The recurrence of a segment again, from recurrent state h and what was `seen` [T, ...], for the gradient.
 
         Returns the inputs and the steps of the recurrence, each with leading axis T.
         """
@@ -334,14 +341,16 @@ def make_learner(config, env: Environment) -> Learner:
             return step.h, step
 
         notes = segment.notes
-        tape = Player(notes.encode, steps=1)
-        inputs = agent_of(params, batch_stats).encode(segment.obs, segment.prev_action, tape)
+        tape = Player(notes.add_action, steps=1)
+        inputs = agent_of(params, batch_stats).add_action(seen, segment.prev_action, tape)
         xs = (segment.fresh, inputs, segment.trace, notes.transition)
         _, steps = jax.lax.scan(transition, h, xs, unroll=unroll)
         return inputs, steps
 
-    def segment_loss(params: nnx.State, h: Array, batch_stats: nnx.State, rollout: Rollout) -> tuple[Array, Outcome]:
-        """The loss of a segment, as a function of the weights and of the recurrent state h before it."""
+    def segment_loss(
+        params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, rollout: Rollout
+    ) -> tuple[Array, Outcome]:
+        """The loss of a segment, as a function of the weights, the recurrent state h before it and what was `seen`."""
         segment = rollout.segment
 
         def weigh(_, x):
@@ -349,7 +358,7 @@ def make_learner(config, env: Environment) -> Learner:
             belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
             return None, (belief, info.encoding_loss, info.metrics)
 
-        inputs, steps = recur(params, h, batch_stats, segment)
+        inputs, steps = recur(params, h, seen, batch_stats, segment)
         xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
         _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
         # Summaries of beliefs depend on no other step: all steps at once.
@@ -363,40 +372,71 @@ def make_learner(config, env: Environment) -> Learner:
         losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)
 
-    def learn(params, batch_stats, rollout: Rollout, earlier: Window) -> tuple[nnx.State, Outcome]:
-        """Gradient of the loss of the segment just acted, through it and all `earlier` ones."""
-        (grads, h_grad), outcome = jax.grad(segment_loss, argnums=(0, 1), has_aux=True)(
-            params, rollout.segment.h, batch_stats, rollout
+    def learn(params, batch_stats, rollout: Rollout, window: Window) -> tuple[nnx.State, Outcome]:
+        """Gradient of the loss of the segment just acted, through it and all earlier ones.
+
+        `window` holds them all, the newest in place `length`, behind the earlier ones.
+        """
+        newest, segments = window.length, window.segments
+        (grads, h_grad, seen_grad), outcome = jax.grad(segment_loss, argnums=(0, 1, 2), has_aux=True)(
+            params, rollout.segment.h, see_again(params, batch_stats, rollout.segment), batch_stats, rollout
         )
+        seen_grads = jax.tree.map(lambda g: jnp.zeros((capacity, *g.shape), g.dtype).at[newest].set(g), seen_grad)
 
         def go_back(i, carry):
-            grads, h_grad = carry
-            segment = jax.tree.map(lambda x: x[earlier.length - 1 - i], earlier.segments)
-            _, vjp = jax.vjp(lambda p, h: recur(p, h, batch_stats, segment)[1].h[-1], params, segment.h)
-            more, h_grad = vjp(h_grad)
-            return jax.tree.map(jnp.add, grads, more), h_grad
+            grads, h_grad, seen_grads = carry
+            place = newest - 1 - i
+            segment = jax.tree.map(lambda x: x[place], segments)
+            seen = see_again(params, batch_stats, segment)
+            last_h = lambda *inputs: recur(*inputs, batch_stats, segment)[1].h[-1]
+            more, h_grad, seen_grad = jax.vjp(last_h, params, segment.h, seen)[1](h_grad)
+            seen_grads = jax.tree.map(lambda all, g: all.at[place].set(g), seen_grads, seen_grad)
+            return jax.tree.map(jnp.add, grads, more), h_grad, seen_grads
 
-        if capacity:
-            grads, _ = jax.lax.fori_loop(0, earlier.length, go_back, (grads, h_grad))
-        return grads, outcome
+        if capacity > 1:
+            grads, _, seen_grads = jax.lax.fori_loop(0, newest, go_back, (grads, h_grad, seen_grads))
+        return add_seen(grads, params, batch_stats, segments, seen_grads, newest + 1), outcome
+
+    def see_again(params: nnx.State, batch_stats: nnx.State, segment: Segment) -> Any:
+        """What was seen in a segment's steps."""
+        return agent_of(params, batch_stats).see(segment.obs, Player(segment.notes.see, steps=1))
+
+    def add_seen(grads, params, batch_stats, segments: Segment, seen_grads: Any, length: Array) -> nnx.State:
+        """Adds to `grads` of the weights what comes through what was seen in the first `length` segments.
+
+        `seen_grads`, the loss's gradients for that, go back through the encoder as often as it takes: with as many
+        images at once as a segment has, but no image twice (see `distinct.py`).
+        """
+        by_step = lambda x: x.reshape(capacity * num_steps, *x.shape[2:])
+        obs, notes = jax.tree.map(by_step, (segments.obs, segments.notes.see))
+        distinct = Distinct.of(by_step(segments.blank))
+        merged = jax.tree.map(lambda g: distinct.merged(by_step(g)), seen_grads)
+        last = length * num_steps
+
+        def look(carry):
+            step, grads = carry
+            rows, step = distinct.rows(step, last, room=num_envs * num_steps)
+            images = rows.of_images(obs.reshape(-1, *obs.shape[2:]))
+            grad = jax.tree.map(lambda g: jnp.where(rows.used[:, None], rows.of_images(g), 0.0), merged)
+            _, vjp = jax.vjp(lambda p: agent_of(p, batch_stats).see(images, RowPlayer(notes, rows)), params)
+            return step, jax.tree.map(jnp.add, grads, vjp(grad)[0])
+
+        return jax.lax.while_loop(lambda carry: carry[0] < last, look, (jnp.int32(0), grads))[1]
 
     def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
         """Acts for a segment and learns from it; `window` holds the earlier ones."""
-        return learn(params, batch_stats, roll_out(params, batch_stats, actor, draws), window)
+        rollout = roll_out(params, batch_stats, actor, draws)
+        return learn(params, batch_stats, rollout, put(window, rollout.segment))
+
+    def put(window: Window, segment: Segment) -> Window:
+        """The window with a segment behind those that it is filled with, not yet counted."""
+        write = lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, window.length, 0)
+        return window._replace(segments=jax.tree.map(write, window.segments, segment))
 
     def push(window: Window, segment: Segment) -> Window:
-        """Adds a segment behind the others; the last one of a window empties it instead, and is not written."""
-        if not capacity:
-            return window
-        full = window.length == capacity
-        place = jnp.minimum(window.length, capacity - 1)
-
-        def write(segments, new):
-            new = jnp.where(full, segments[place], new)
-            return jax.lax.dynamic_update_index_in_dim(segments, new, place, 0)
-
-        segments = jax.tree.map(write, window.segments, segment)
-        return Window(segments, jnp.where(full, 0, window.length + 1))
+        """Adds a segment behind the others; with the last one of a window, the next begins."""
+        length = window.length + 1
+        return put(window, segment)._replace(length=jnp.where(length == capacity, 0, length))
 
     def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
         """The metrics of one update, by the names under which they are logged."""
@@ -421,8 +461,8 @@ def make_learner(config, env: Environment) -> Learner:
         # Pushed before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads the
         # window of before any more, XLA need not copy it.
         window = push(state.window, rollout.segment)
-        earlier = Window(window.segments, state.window.length)
-        grads, outcome = learn(state.params, state.batch_stats, rollout, earlier)
+        filled = window._replace(length=state.window.length)
+        grads, outcome = learn(state.params, state.batch_stats, rollout, filled)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
         finite = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
@@ -468,7 +508,8 @@ def make_learner(config, env: Environment) -> Learner:
         actor = first_actor(agent_verbs, env_state)
         draws = jax.eval_shape(draw, state.key)
         rollout = jax.eval_shape(roll_out, state.params, state.batch_stats, actor, draws)
-        _, outcome = jax.eval_shape(segment_loss, state.params, actor.belief.h, state.batch_stats, rollout)
+        seen = jax.eval_shape(see_again, state.params, state.batch_stats, rollout.segment)
+        _, outcome = jax.eval_shape(segment_loss, state.params, actor.belief.h, seen, state.batch_stats, rollout)
         segments = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), rollout.segment)
         window = Window(segments, jnp.zeros((), jnp.int32))
         metrics = state.metrics or Metrics.empty(jax.eval_shape(measure, state.params, outcome))

@@ -25,9 +25,10 @@ from dvrl_jax.a2c import TrainState
 from dvrl_jax.runs import RunError
 
 EPISODE_FIELDS = ("actor", "window")
-# Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 changed what the window notes.
-FORMAT = 3
-READABLE_FORMATS = (FORMAT, 2)  # Of older ones all but the episodes under way.
+# Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 and 4 changed what the window
+# notes.
+FORMAT = 4
+READABLE_FORMATS = (FORMAT, 3, 2)  # Of older ones all but the episodes under way.
 
 
 class Restored(NamedTuple):

@@ -83,7 +83,8 @@ class BatchNorm(nnx.Module):
             self._move_averages(mean, var * (count / max(count - 1, 1)))
         scale, bias = self.scale[...], self.bias[...]
         # Too large to note, and cheap: the value of the time of acting is computed again.
-        return normalise(x, scale, bias, mean, var, tape.then(scale), tape.then(bias))
+        shares = None if tape.rows is None else tape.rows.shares
+        return normalise(x, scale, bias, mean, var, tape.then(scale), tape.then(bias), shares)
 
     def _move_averages(self, mean: Array, var: Array) -> None:
         for average, new in ((self.mean, mean), (self.var, var)):
@@ -102,34 +103,46 @@ def _scaled(x: Array, scale: Array, bias: Array, mean: Array, var: Array) -> Arr
 
 
 @jax.custom_vjp
-def normalise(x: Array, scale: Array, bias: Array, mean: Array, var: Array, old_scale: Array, old_bias: Array) -> Array:
+def normalise(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    mean: Array,
+    var: Array,
+    old_scale: Array,
+    old_bias: Array,
+    shares: Array | None = None,
+) -> Array:
     """Batch normalisation of x [..., C] by its own mean and variance [C], or of each step by its own, [T, C].
 
     Returns (x - mean) / sqrt(var + eps) * old_scale + old_bias, with the gradient that this has for `scale` and `bias`
     [C] in place of the old ones and, through mean and variance, for x. By itself JAX would go over x for it about seven
     times instead of four.
+
+    With `shares` [T, T] (see `distinct.Rows`), the T steps are images, several of which were normalised as one batch.
     """
-    del scale, bias
+    del scale, bias, shares
     return _scaled(x, old_scale, old_bias, mean, var)
 
 
-def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias):
-    return normalise(x, scale, bias, mean, var, old_scale, old_bias), (x, scale, mean, var)
+def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias, shares):
+    return _scaled(x, old_scale, old_bias, mean, var), (x, scale, mean, var, shares)
 
 
 def _normalise_bwd(residuals, grad: Array):
     """Of y = scale * n + bias with n = rate * (x - mean): dx = scale * rate * (dy - mean(dy) - n * mean(dy * n))."""
-    x, scale, mean, var = residuals
+    x, scale, mean, var, shares = residuals
     axes = tuple(range(mean.ndim - 1, x.ndim - 1))
     count = math.prod(x.shape[axis] for axis in axes)
+    mean_of = lambda total: (total if shares is None else shares @ total) / count
     rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
     centred = x - _spread(mean, x)
     bias_grad = jnp.sum(grad, axes)
     scale_grad = jnp.sum(grad * centred, axes) * rate
-    by_centred, by_one = (_spread(scale * rate * total / count, x) for total in (rate * scale_grad, bias_grad))
+    by_centred, by_one = (_spread(scale * rate * mean_of(total), x) for total in (rate * scale_grad, bias_grad))
     x_grad = _spread(scale * rate, x) * grad - by_centred * centred - by_one
     over_steps = lambda total: jnp.sum(total.reshape(-1, total.shape[-1]), 0)
-    return x_grad, over_steps(scale_grad), over_steps(bias_grad), None, None, None, None
+    return x_grad, over_steps(scale_grad), over_steps(bias_grad), None, None, None, None, None
 
 
 normalise.defvjp(_normalise_fwd, _normalise_bwd)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvrl_jax.distinct import Rows
+
 Array = jax.Array
 
 
@@ -39,10 +41,11 @@ class Tape:
 
     Attributes:
         steps: how many axes in front of all others count steps of an episode: 0, or 1 where several are replayed.
+        rows: the images that are replayed, if it is not all of several steps.
     """
 
-    def __init__(self, steps: int = 0):
-        self.steps = steps
+    def __init__(self, steps: int = 0, rows: Rows | None = None):
+        self.steps, self.rows = steps, rows
 
     def __call__(self, x: Array) -> Array:
         return x
@@ -116,6 +119,34 @@ class Player(Tape):
 
         notes = jax.tree.map(lambda x: jnp.moveaxis(x, self.steps, 0), next(self._notes))
         return jax.lax.scan(played, init, (xs, notes))
+
+
+class RowPlayer(Player):
+    """Answers for some images out of many steps: each of the `rows` is a step of its own, with a single image.
+
+    The notes are those of all steps, [N, B, ...], or [N, ...] of what a step's images share (`then`).
+    """
+
+    def __init__(self, notes: Iterable[Any], rows: Rows):
+        super().__init__(notes, steps=1)
+        self.rows = rows
+
+    def __call__(self, x: Array) -> Array:
+        return recall(x, self._of_images())
+
+    def bend(self, x: Array, curve: Curve) -> Array:
+        return recall_curve(x, self._of_images(), curve)
+
+    def then(self, x: Array) -> Array:
+        del x
+        return self.rows.of_steps(next(self._notes))
+
+    def scan(self, step, init, xs):
+        raise NotImplementedError("what an observation is encoded by has no steps of its own")
+
+    def _of_images(self) -> Array:
+        note = next(self._notes)
+        return self.rows.of_images(note.reshape(-1, *note.shape[2:]))
 
 
 @jax.custom_vjp

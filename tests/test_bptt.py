@@ -16,12 +16,14 @@ NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
 
 def recorded_episodes(discrete: bool) -> Recording:
-    """Random observations and rewards; episodes end in the first, a middle and the last step of segments."""
+    """Random observations, some of them blank, and rewards; episodes end in the first, a middle and the last step of
+    segments."""
     rng = np.random.default_rng(0)
     steps = NUM_STEPS * MOST_SEGMENTS
     done = np.zeros((steps, NUM_ENVS), bool)
     done[0, 0] = done[3, 1] = done[6, 0] = done[6, 1] = done[9, 2] = True
     obs = rng.normal(size=(steps + 1, NUM_ENVS, 2)).astype(np.float32)
+    obs[::3, 1:] = obs[1::3, 0] = 0.0
     return Recording(obs, rng.normal(size=(steps, NUM_ENVS)).astype(np.float32), done, ActionSpec(discrete, 2))
 
 

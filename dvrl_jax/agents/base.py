@@ -3,7 +3,9 @@
 An agent is an NNX module with these verbs (shapes: `B` environments, `A` actions):
 
     initial(B)                                       the belief before the first observation
-    encode(obs, prev_action)             what the step's inputs contribute, once per environment
+    see(obs)                             what the observation contributes to the step, once per environment
+    add_action(seen, prev_action)        the step's inputs: that, and what the action contributes
+    encode(obs, prev_action)             both
     draw(key, steps, B)                  the random numbers that `steps` belief updates need
     choose(belief, draws)                the trace: all draws and discrete choices of the next step, no gradient
     transition(h, inputs, trace)         the step of the recurrence, and nothing that only losses and heads need
@@ -13,8 +15,8 @@ An agent is an NNX module with these verbs (shapes: `B` environments, `A` action
     heads(belief)                        the policy and the value
     predict(last, times, key)            observations expected some steps ahead
 
-`transition` is the only path along which gradients cross steps and segments. `encode`, `transition`, `weigh` and
-`summarise` take a tape besides, to which they hand their costly products, always in the same order (see `tape.py`).
+`transition` is the only path along which gradients cross steps and segments. `see`, `add_action`, `transition`, `weigh`
+and `summarise` take a tape besides, to which they hand their costly products, always in the same order (see `tape.py`).
 """
 
 import abc
@@ -53,7 +55,8 @@ class UpdateInfo(NamedTuple):
 class Tapes(NamedTuple):
     """The tapes of one belief update and its summary."""
 
-    encode: Tape = NO_TAPE
+    see: Tape = NO_TAPE
+    add_action: Tape = NO_TAPE
     transition: Tape = NO_TAPE
     weigh: Tape = NO_TAPE
     summarise: Tape = NO_TAPE
@@ -131,19 +134,27 @@ class Agent(nnx.Module, abc.ABC):
         if not action.discrete:
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
-    def encode(self, obs: Array, prev_action: Array, tape: Tape = NO_TAPE) -> Inputs:
-        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A], or several steps [T, B, ...]."""
+    def encode(self, obs: Array, prev_action: Array, tapes: Tapes = NO_TAPES) -> Inputs:
+        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
+        return self.add_action(self.see(obs, tapes.see), prev_action, tapes.add_action)
+
+    def see(self, obs: Array, tape: Tape = NO_TAPE) -> Any:
+        """What obs [B, ...], or of several steps [T, B, ...], adds to the recurrence (see `drive`)."""
+        return self.drive({"obs": self.encoder(self.as_float(obs), self.use_running_average, tape)})
+
+    def add_action(self, seen: Any, prev_action: Array, tape: Tape = NO_TAPE) -> Inputs:
+        """The inputs of a step that has `seen` an observation after prev_action [B, A], or of several [T, B, A]."""
         phi_a = self.encode_action(prev_action, tape)
-        encoded = {"obs": self.encoder(self.as_float(obs), self.use_running_average, tape)}
-        if phi_a is not None:
-            encoded["action"] = phi_a
-        return Inputs(self.drive(encoded), phi_a)
+        if phi_a is None:
+            return Inputs(seen, None)
+        return Inputs(jax.tree.map(jnp.add, seen, self.drive({"action": phi_a})), phi_a)
 
     @abc.abstractmethod
     def drive(self, encoded: dict[str, Array]) -> Any:
-        """Products of the encoded inputs, `obs` [B, F] and `action` [B, E], with the recurrence's kernels.
+        """Products of an encoded input, `obs` [B, F] or `action` [B, E], with the recurrence's kernels.
 
-        Learning asks for several steps at once, [T, B, F] and [T, B, E].
+        It is asked for each input by itself, and what it returns, a pytree of [B, D], is added up: no bias belongs in
+        it. Learning asks for several steps at once, [T, B, F] or [T, B, E], or for single images of many, [R, F].
         """
 
     def encode_action(self, prev_action: Array, tape: Tape = NO_TAPE) -> Array | None:

@@ -1,8 +1,9 @@
 """Breaks one line at a time and sees whether a test notices: python -m tests.reliability.mutants [--only=TEXT]
 
-Each mutant is a piece of text of `particle_filter.py` or `a2c.py` with something else in its place. It is put into a
-copy of the project, where the fast tests of that file run until the first one fails. A mutant that survives must be
-explained below, in its last field, else the script fails. Text that is no longer in the file fails too.
+Each mutant is a piece of text of `particle_filter.py`, `distinct.py` or `a2c.py` with something else in its place. It
+is put into a copy of the project, where the fast tests of that file run until the first one fails. A mutant that
+survives must be explained below, in its last field, else the script fails. Text that is no longer in the file fails
+too.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-FILTER, LEARNER = "dvrl_jax/particle_filter.py", "dvrl_jax/a2c.py"
+FILTER, DISTINCT, LEARNER = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py", "dvrl_jax/a2c.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
     FILTER: ["tests/test_particle_filter.py"],
+    DISTINCT: ["tests/test_distinct.py"],
     LEARNER: [
         "tests/reliability/test_losses.py",
         "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
@@ -26,6 +28,7 @@ TESTS = {
         "tests/reliability/test_numerical_faults.py::test_after_a_skipped_update_the_window_is_empty_and_fills_again[rnn]",
         "tests/test_atari.py::test_training_gradient_ignores_whatever_a_late_reset_brings[rnn]",
         "tests/test_bptt.py",
+        "tests/test_distinct.py",
         "tests/reliability/test_numerical_faults.py",
         "tests/test_parity.py",
         "tests/test_agents.py",
@@ -102,6 +105,23 @@ def filter_mutants() -> list[Mutant]:
     return [Mutant(FILTER, *pair) for pair in pairs]
 
 
+def distinct_mutants() -> list[Mutant]:
+    pairs = [
+        ("blank & (jnp.cumsum(blank, axis=1) == 1)", "blank"),
+        ("jnp.where(self.first[..., None], total, grads)", "grads"),
+        ("jnp.where(self.blank[..., None], grads, 0.0)", "grads"),
+        ("(number >= step) & (number < last)", "(number >= step)"),
+        ("self.ends - begin <= room", "self.ends - begin < room"),
+        ("self.ends[following - 1] - begin", "self.ends[following - 1]"),
+        ("jnp.sum(self.blank, axis=1, keepdims=True), 1)", "1, 1)"),
+        ("& used[:, None] & used", "& used[:, None]"),
+        ("alike[:, None] / envs", "alike[:, None]"),
+        ("(begin,), (room,)", "(step,), (room,)"),
+        ("obs == 0", "obs >= 0"),
+    ]
+    return [Mutant(DISTINCT, *pair) for pair in pairs]
+
+
 def learner_mutants() -> list[Mutant]:
     pairs = [
         # Returns.
@@ -130,17 +150,21 @@ def learner_mutants() -> list[Mutant]:
         ("jnp.where(actor.fresh[:, None], first, actor.prev_action)", "actor.prev_action"),
         ("fresh = outcome.done | ~outcome.transition", "fresh = outcome.done"),
         ("agent.action_vector(action), fresh)", "agent.initial_action(num_envs), fresh)"),
-        ("kept = (actor.env.obs, prev_action", "kept = (outcome.obs, prev_action"),
+        ("obs, kept_notes = actor.env.obs, notes", "obs, kept_notes = outcome.obs, notes"),
         ("prev_action, actor.fresh, info.trace,", "prev_action, fresh, info.trace,"),
         ("lambda x: x[-1], draws.belief", "lambda x: x[0], draws.belief"),
         ("lambda x: x[:-1], draws.belief", "lambda x: x[1:], draws.belief"),
         # The window.
-        ("x[earlier.length - 1 - i]", "x[i]"),
-        ("_, vjp = jax.vjp(lambda p, h: recur", "_, vjp = jax.vjp(lambda p, h: 0.5 * recur"),
+        ("place = newest - 1 - i", "place = i"),
+        ("last_h = lambda *inputs: recur", "last_h = lambda *inputs: 0.5 * recur"),
+        ("all.at[place].set(g)", "all.at[i].set(g)"),
+        (".at[newest].set(g)", ".at[0].set(g)"),
+        ("seen_grads, newest + 1)", "seen_grads, newest)"),
+        ("rows.of_images(g), 0.0)", "0.0, 0.0)"),
         ("jax.tree.map(jnp.add, grads, more), h_grad", "jax.tree.map(jnp.subtract, grads, more), h_grad"),
-        ("fori_loop(0, earlier.length, go_back", "fori_loop(1, earlier.length, go_back"),
-        ("(segments, new, place, 0)", "(segments, new, 0, 0)"),
-        ("jnp.where(full, 0, window.length + 1)", "jnp.where(full, 1, window.length + 1)"),
+        ("fori_loop(0, newest, go_back", "fori_loop(1, newest, go_back"),
+        ("(all, new, window.length, 0)", "(all, new, 0, 0)"),
+        ("jnp.where(length == capacity, 0, length)", "jnp.where(length == capacity, 1, length)"),
         ("agent.transition(agent.restart(h, fresh), inputs", "agent.transition(h, inputs"),
         # Skipped updates.
         ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "jnp.asarray(True)"),
@@ -161,7 +185,7 @@ def learner_mutants() -> list[Mutant]:
 
 
 def mutants() -> list[Mutant]:
-    return filter_mutants() + learner_mutants()
+    return filter_mutants() + distinct_mutants() + learner_mutants()
 
 
 def is_killed(mutant: Mutant, number: int, root: Path) -> bool:
