@@ -169,9 +169,9 @@ class Checkpoints:
         if not isinstance(extra, dict) or "format" not in extra:
             raise _Damaged("extra: is not what was written")
         if extra["format"] not in READABLE_FORMATS:
-            readable = " and ".join(map(str, READABLE_FORMATS))
             raise RunError(
-                f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; this version reads {readable}"
+                f"{self.directory}/{step}: unknown checkpoint format {extra['format']!r}; "
+                f"this version reads {min(READABLE_FORMATS)} to {FORMAT}"
             )
         if extra.pop("checksum", None) != _checksum(extra):
             raise _Damaged("extra: is not what was written")

@@ -115,7 +115,7 @@ def test_gradient_is_that_of_every_image_by_itself(algorithm, monkeypatch):
         np.testing.assert_array_equal(found, blank[-num_steps:])
         monkeypatch.setattr(a2c, "is_blank", lambda obs: jnp.zeros(obs.shape[0], bool))
         apart, _ = last_gradient()
-    whole = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(apart)))
+    whole = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(apart)))
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         assert a.dtype == jnp.float64
         np.testing.assert_allclose(a, b, atol=1e-9 * whole)

@@ -178,19 +178,20 @@ def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     assert content(run).keys() == before.keys()
 
 
-@pytest.mark.parametrize("version", [1, 4, "two"])
+@pytest.mark.parametrize("version", [1, 5, "two"])
 def test_another_format_is_refused(run, template, version):
     path = run / "checkpoints" / "60" / "extra" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     before = content(run)
-    with pytest.raises(runs.RunError, match=f"checkpoints/60: unknown checkpoint format {version!r}; .* reads 3"):
+    with pytest.raises(runs.RunError, match=f"checkpoints/60: unknown checkpoint format {version!r}; .* reads 2 to 4"):
         restore(run, template)
     assert content(run) == before
 
 
-def test_of_the_format_before_all_but_the_episodes_is_read(run, template, states):
+@pytest.mark.parametrize("version", [2, 3])
+def test_of_older_formats_all_but_the_episodes_is_read(run, template, states, version):
     path = run / "checkpoints" / "60" / "extra" / "metadata"
-    extra = json.loads(path.read_text()) | {"format": 2}
+    extra = json.loads(path.read_text()) | {"format": version}
     del extra["checksum"]
     path.write_text(json.dumps(extra | {"checksum": checkpoints._checksum(extra)}))
     restored = restore(run, template)
