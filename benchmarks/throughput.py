@@ -66,6 +66,7 @@ def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
     began = time.perf_counter()
     program = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
     compile_time = time.perf_counter() - began
+    process.settle(config)
 
     def run_windows(count):
         nonlocal state

@@ -17,13 +17,20 @@ HEAP_OPTIONS = {
 
 
 def prepare(config) -> None:
-    """Settles what a process that trains `config` asks of its system; to be called before JAX's first computation.
+    """Settles the threads of a process that trains `config`; to be called before JAX's first computation.
 
-    The smallest model, the RNN on vectors, gets one thread. Only the largest, DVRL on images, has so much working
-    memory that a kept heap pays: to the many short operations of the others it is a loss (`docs/performance.md`).
+    The smallest model, the RNN on vectors, gets one thread.
     """
     if config.algorithm == "rnn" and not sees_images(config):
         spare_threads()
+
+
+def settle(config) -> None:
+    """Settles the heap of a process that trains `config`; to be called once its program is compiled.
+
+    Only the largest model, DVRL on images, has so much working memory that a kept heap pays: to the many short
+    operations of the others it is a loss (`docs/performance.md`).
+    """
     if config.algorithm == "dvrl" and sees_images(config):
         keep_one_heap()
 
@@ -38,7 +45,7 @@ def spare_threads() -> None:
 
 
 def keep_one_heap() -> None:
-    """Lets all threads share one heap that is not given back between calls. To be called before they start.
+    """Gives threads that are started from now on no heaps of their own, and gives no memory back between calls.
 
     glibc gives each thread a heap of its own, and what checkpoints are copied to and written from moves between
     threads: each heap keeps the most that it ever held, and resident memory rises with every few checkpoints, until
@@ -46,8 +53,8 @@ def keep_one_heap() -> None:
     gives them back when they are freed: every call of the compiled program then has the system clear its working
     memory again, 1 GB for Pong with DVRL, which costs a tenth of the time (`docs/performance.md`).
 
-    It has a price: the compiler, which shares the heap too, leaves its free memory in small pieces, and to find a place
-    among them takes long.
+    Not before the program is compiled: a heap that the compiler shares is left in small pieces, and with it the
+    program runs up to half as long again.
 
     Options that the user has set in the environment (MALLOC_ARENA_MAX, ..., or any in GLIBC_TUNABLES) stay.
     """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, compilation, envs, loggers, networks, reconstructions, reporting, runs
+from dvrl_jax import a2c, checkpoints, compilation, envs, loggers, networks, process, reconstructions, reporting, runs
 from dvrl_jax import config as config_lib
 
 # A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
@@ -145,6 +145,7 @@ class _Loop:
             # yet, and Python would answer no signal before the compiler returns: let the system answer.
             with _signals(signal.SIG_DFL), compilation.cached(self.use_cache):
                 program = self.program.lower(state, jnp.int32(1)).compile()
+            process.settle(self.config)
             with _signals(self._on_signal):
                 progress.say(f"compiled in {time.monotonic() - began:.1f} s")
                 progress.restart_clock()

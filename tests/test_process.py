@@ -1,4 +1,4 @@
-"""Small models leave threads alone, and all threads share one heap, which is kept."""
+"""Small models leave threads alone, and new threads share one heap, which is kept."""
 
 import os
 import subprocess
@@ -39,8 +39,9 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, expected, 
 def test_one_heap_is_kept_where_working_memory_is_large(config, is_kept, monkeypatch):
     called = []
     monkeypatch.setattr(process, "keep_one_heap", lambda: called.append(True))
-    monkeypatch.setattr(process, "spare_threads", lambda: None)
     process.prepare(config)
+    assert not called
+    process.settle(config)
     assert bool(called) == is_kept
 
 
