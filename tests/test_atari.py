@@ -468,8 +468,9 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     env = Recording(obs[: T + 1][keep_obs], reward[:T][keep], done[:T][keep], ACTION)
     playing = state.actor._replace(env=env.reset(None))
     fewer = a2c.Draws(jax.tree.map(lambda x: x[keep_obs], draws.belief), draws.action_keys[keep], draws.action[keep])
-    gradient = jax.jit(a2c.make_learner(c, env).gradient)
-    without = gradient(state.params, state.batch_stats, playing, state.window, fewer)
+    learner = a2c.make_learner(c, env)
+    window = learner.restart(state, playing.env).window
+    without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, fewer)
 
     for _, outcome in (with_late, without):
         assert int(outcome.rollout.env.transition.sum()) == B * (T - 1)
