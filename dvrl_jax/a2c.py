@@ -435,8 +435,11 @@ def make_learner(config, env: Environment) -> Learner:
 
     def push(window: Window, segment: Segment) -> Window:
         """Adds a segment behind the others; with the last one of a window, the next begins."""
-        length = window.length + 1
-        return put(window, segment)._replace(length=jnp.where(length == capacity, 0, length))
+        return put(window, segment)._replace(length=following(window.length))
+
+    def following(length: Array) -> Array:
+        """How many segments a window holds after one more; the last one of a window empties it."""
+        return jnp.where(length + 1 == capacity, 0, length + 1)
 
     def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
         """The metrics of one update, by the names under which they are logged."""
@@ -458,11 +461,10 @@ def make_learner(config, env: Environment) -> Learner:
         """
         draws = draw(jax.random.fold_in(state.key, state.update))
         rollout = roll_out(state.params, state.batch_stats, state.actor, draws)
-        # Pushed before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads the
-        # window of before any more, XLA need not copy it.
-        window = push(state.window, rollout.segment)
-        filled = window._replace(length=state.window.length)
-        grads, outcome = learn(state.params, state.batch_stats, rollout, filled)
+        # Put there before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads
+        # the window of before any more, XLA need not copy it.
+        window = put(state.window, rollout.segment)
+        grads, outcome = learn(state.params, state.batch_stats, rollout, window)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
         finite = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
@@ -477,7 +479,7 @@ def make_learner(config, env: Environment) -> Learner:
             batch_stats=batch_stats,
             opt_state=opt_state,
             actor=recover(rollout.actor, ~good),
-            window=window._replace(length=jnp.where(good, window.length, 0)),
+            window=window._replace(length=jnp.where(good, following(window.length), 0)),
             episodes=state.episodes.add(rollout.env),
             metrics=state.metrics.add(measure(grads, outcome), good),
             key=state.key,

@@ -126,7 +126,7 @@ def normalise(
 
 
 def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias, shares):
-    return _scaled(x, old_scale, old_bias, mean, var), (x, scale, mean, var, shares)
+    return normalise(x, scale, bias, mean, var, old_scale, old_bias, shares), (x, scale, mean, var, shares)
 
 
 def _normalise_bwd(residuals, grad: Array):

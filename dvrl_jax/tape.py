@@ -44,8 +44,10 @@ class Tape:
         rows: the images that are replayed, if it is not all of several steps.
     """
 
-    def __init__(self, steps: int = 0, rows: Rows | None = None):
-        self.steps, self.rows = steps, rows
+    rows: Rows | None = None
+
+    def __init__(self, steps: int = 0):
+        self.steps = steps
 
     def __call__(self, x: Array) -> Array:
         return x
@@ -103,13 +105,17 @@ class Player(Tape):
         self._notes = iter(notes)
 
     def __call__(self, x: Array) -> Array:
-        return recall(x, next(self._notes))
+        return recall(x, self._note())
 
     def bend(self, x: Array, curve: Curve) -> Array:
-        return recall_curve(x, next(self._notes), curve)
+        return recall_curve(x, self._note(), curve)
 
     def then(self, x: Array) -> Array:
         del x
+        return next(self._notes)
+
+    def _note(self) -> Array:
+        """The next note of what has a row per environment."""
         return next(self._notes)
 
     def scan(self, step, init, xs):
@@ -131,21 +137,14 @@ class RowPlayer(Player):
         super().__init__(notes, steps=1)
         self.rows = rows
 
-    def __call__(self, x: Array) -> Array:
-        return recall(x, self._of_images())
-
-    def bend(self, x: Array, curve: Curve) -> Array:
-        return recall_curve(x, self._of_images(), curve)
-
     def then(self, x: Array) -> Array:
-        del x
-        return self.rows.of_steps(next(self._notes))
+        return self.rows.of_steps(super().then(x))
 
     def scan(self, step, init, xs):
         raise NotImplementedError("what an observation is encoded by has no steps of its own")
 
-    def _of_images(self) -> Array:
-        note = next(self._notes)
+    def _note(self) -> Array:
+        note = super()._note()
         return self.rows.of_images(note.reshape(-1, *note.shape[2:]))
 
 

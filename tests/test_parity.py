@@ -9,6 +9,7 @@ from dvrl_jax import a2c
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.original_weights import translate
 from tests.golden import Golden
+from tests.tiny import none_blank
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_segments_losses_and_gradients(golden, golden_path, monkeypatch):
     if golden.sizes["batch_norm"]:
         with jax.enable_x64(True):
             exact = list(run_segments(Golden(golden_path, np.float64)))
-        monkeypatch.setattr(a2c, "is_blank", lambda obs: jnp.zeros(obs.shape[0], bool))
+        monkeypatch.setattr(a2c, "is_blank", none_blank)
         rounded = list(run_segments(Golden(golden_path)))  # Another learner, so that it is compiled anew.
     for segment, (grads, outcome) in enumerate(results):
         name = f"segment{segment}"

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax.tape import SIGMOID, SOFTPLUS, TANH, Player, Recorder, Tape
+from dvrl_jax.distinct import Distinct
+from dvrl_jax.tape import SIGMOID, SOFTPLUS, TANH, Player, Recorder, RowPlayer, Tape
 
 STEPS = 3
 
@@ -90,3 +91,18 @@ def test_no_gradient_flows_into_notes_and_what_is_noted_is_not_computed_again(ca
     # Values alone need none of the three products.
     compiled = jax.jit(lambda w, notes: network(w, x, Player(notes))).lower(weights, notes).compile().as_text()
     assert " dot(" not in compiled and "dot_general" not in compiled
+
+
+def test_rows_are_answered_with_the_notes_of_their_images_and_steps():
+    rng = np.random.default_rng(2)
+    of_images, of_steps = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5))
+    blank = jnp.array([[False, True, True], [False, False, True]])
+    rows, _ = Distinct.of(blank).rows(jnp.int32(0), jnp.int32(2), room=6)
+    images, steps = [0, 1, 3, 4, 5], [0, 0, 1, 1, 1]
+    tape = RowPlayer((of_images, of_images, of_steps), rows)
+    x = jnp.zeros((6, 4))
+    for answer in (tape(x), tape.bend(x, SIGMOID)):
+        np.testing.assert_array_equal(answer[:5], of_images.reshape(6, 4)[images].astype(np.float32))
+    np.testing.assert_array_equal(tape.then(x)[:5], of_steps[steps].astype(np.float32))
+    with pytest.raises(NotImplementedError):
+        tape.scan(None, x, x)
