@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from dvrl_jax import lineages
 from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind
 from dvrl_jax.distinct import Distinct, is_blank
 from dvrl_jax.envs.base import Environment, EnvState
@@ -121,7 +122,7 @@ class Segment(NamedTuple):
     """What unrolling a segment's recurrence again takes.
 
     Attributes:
-        h: [B, ...] recurrent state before the first step.
+        h: [T, B, ...] recurrent state before each step.
         obs: [T, B, ...]. blank: [T, B], which are all zeros. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of
         [T, B, ...].
         notes: what encoder and recurrence computed; the others are empty.
@@ -311,7 +312,7 @@ def make_learner(config, env: Environment) -> Learner:
         fresh = outcome.done | ~outcome.transition
         notes = Notes(*(tape.notes for tape in tapes))
         obs, kept_notes = actor.env.obs, notes._replace(weigh=(), summarise=())
-        kept = (obs, is_blank(obs), prev_action, actor.fresh, info.trace, kept_notes)
+        kept = (actor.belief.h, obs, is_blank(obs), prev_action, actor.fresh, info.trace, kept_notes)
         actor = Actor(outcome, belief, agent.action_vector(action), fresh)
         outcome = outcome._replace(inner=(), obs=())
         return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, notes.summarise, action, outcome)
@@ -326,7 +327,7 @@ def make_learner(config, env: Environment) -> Learner:
         agent = agent_of(params, batch_stats)
         belief, _, _ = observe(agent, end, jax.tree.map(lambda x: x[-1], draws.belief))
         bootstrap = agent.value(agent.policy_features(belief))
-        return Rollout(end, batch_stats, Segment(actor.belief.h, *kept), *rest, bootstrap)
+        return Rollout(end, batch_stats, Segment(*kept), *rest, bootstrap)
 
     def recur(params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
         """The recurrence of a segment again, from recurrent state h and what was `seen` [T, ...], for the gradient.
@@ -379,7 +380,7 @@ def make_learner(config, env: Environment) -> Learner:
         """
         newest, segments = window.length, window.segments
         (grads, h_grad, seen_grad), outcome = jax.grad(segment_loss, argnums=(0, 1, 2), has_aux=True)(
-            params, rollout.segment.h, see_again(params, batch_stats, rollout.segment), batch_stats, rollout
+            params, rollout.segment.h[0], see_again(params, batch_stats, rollout.segment), batch_stats, rollout
         )
         seen_grads = jax.tree.map(lambda g: jnp.zeros((capacity, *g.shape), g.dtype).at[newest].set(g), seen_grad)
 
@@ -388,14 +389,42 @@ def make_learner(config, env: Environment) -> Learner:
             place = newest - 1 - i
             segment = jax.tree.map(lambda x: x[place], segments)
             seen = see_again(params, batch_stats, segment)
-            last_h = lambda *inputs: recur(*inputs, batch_stats, segment)[1].h[-1]
-            more, h_grad, seen_grad = jax.vjp(last_h, params, segment.h, seen)[1](h_grad)
-            seen_grads = jax.tree.map(lambda all, g: all.at[place].set(g), seen_grads, seen_grad)
-            return jax.tree.map(jnp.add, grads, more), h_grad, seen_grads
+            if agent_verbs.has_lineages:
+                grads, h_grad, seen_grad = along_lineages(grads, h_grad, params, batch_stats, segments, place, seen)
+            else:
+                last_h = lambda *inputs: recur(*inputs, batch_stats, segment)[1].h[-1]
+                more, h_grad, seen_grad = jax.vjp(last_h, params, segment.h[0], seen)[1](h_grad)
+                grads = jax.tree.map(jnp.add, grads, more)
+            return grads, h_grad, jax.tree.map(lambda all, g: all.at[place].set(g), seen_grads, seen_grad)
 
         if capacity > 1:
             grads, _, seen_grads = jax.lax.fori_loop(0, newest, go_back, (grads, h_grad, seen_grads))
         return add_seen(grads, params, batch_stats, segments, seen_grads, newest + 1), outcome
+
+    def along_lineages(grads, h_grad: Array, params, batch_stats, segments: Segment, place: Array, seen: Any):
+        """The gradient through the recurrence of the segment in that `place`, from that of its last h.
+
+        As `recur` would give it, but step by step, and through the particles that have descendants only.
+        Returns `grads` with what comes to the weights, and the gradients of the first h and of what was `seen`.
+        """
+        notes, prev_action = jax.tree.map(lambda x: x[place], (segments.notes.add_action, segments.prev_action))
+        moves = lineages.Moves(segments.h, segments.fresh, segments.trace, segments.notes.transition)
+
+        def add_action(params, seen):
+            return agent_of(params, batch_stats).add_action(seen, prev_action, Player(notes, steps=1))
+
+        def advance(params, h, inputs, trace, notes):
+            return agent_of(params, batch_stats).advance(h, inputs, trace, Player(notes)).h
+
+        def step_back(carry, x):
+            back = lineages.go_back(advance, params, moves, (place, x[0]), x[1], *carry)
+            return (back.weights, back.h), back.inputs
+
+        inputs, add_action_vjp = jax.vjp(add_action, params, seen)
+        xs = (jnp.arange(num_steps), inputs)
+        (grads, h_grad), inputs_grad = jax.lax.scan(step_back, (grads, h_grad), xs, reverse=True)
+        more, seen_grad = add_action_vjp(inputs_grad)
+        return jax.tree.map(jnp.add, grads, more), h_grad, seen_grad
 
     def see_again(params: nnx.State, batch_stats: nnx.State, segment: Segment) -> Any:
         """What was seen in a segment's steps."""

@@ -27,8 +27,8 @@ from dvrl_jax.runs import RunError
 EPISODE_FIELDS = ("actor", "window")
 # Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 and 4 changed what the window
 # notes.
-FORMAT = 4
-READABLE_FORMATS = (FORMAT, 3, 2)  # Of older ones all but the episodes under way.
+FORMAT = 5
+READABLE_FORMATS = (FORMAT, 4, 3, 2)  # Of older ones all but the episodes under way.
 
 
 class Restored(NamedTuple):

@@ -101,7 +101,16 @@ def bind(graphdef: nnx.GraphDef, *states: nnx.State) -> "Agent":
 
 
 class Agent(nnx.Module, abc.ABC):
-    """Encoders, actor and critic; subclasses add the belief."""
+    """Encoders, actor and critic; subclasses add the belief.
+
+    Attributes:
+        has_lineages: whether h is of particles, [B, K, ...], that know nothing of each other and of which some have no
+        descendants. Learning then goes back through the others alone (see `lineages.py`). It takes traces that have
+        `ancestors` [B, K], and a `transition` that lets h be inherited from those and then calls `advance`, which
+        can be asked for some of the particles as well.
+    """
+
+    has_lineages = False
 
     def __init__(self, config, observation: ObservationSpec, action: ActionSpec, *, rngs: nnx.Rngs):
         """Makes the networks for `config` (the `model` group of a configuration).

@@ -68,6 +68,7 @@ class DVRL(Agent):
         self.num_particles, self.z_dim = config.num_particles, config.z_dim
         self.resampling = config.resample
         h, z, norm = config.h_dim, config.z_dim, config.batch_norm
+        self.has_lineages = config.resample and config.num_particles > 1 and not norm
         self.proposal_hidden = networks.Linear(self.input_sizes | {"h": h}, h, rngs=rngs)
         self.proposal_activation = networks.Activation(h, norm)
         self.proposal = networks.Normal(h, z, rngs=rngs)
@@ -106,6 +107,10 @@ class DVRL(Agent):
         """Copies h [B, K, H] of the chosen ancestors, draws z from the proposal, and advances h."""
         if trace.ancestors is not None:
             h = pf.resample(h, trace.ancestors)
+        return self.advance(h, inputs, trace, tape)
+
+    def advance(self, h: Array, inputs: Inputs, trace: Trace, tape: Tape = NO_TAPE) -> Step:
+        """Draws z from the proposal and advances the inherited h [B, K, H]."""
         hidden = inputs.drive.proposal[:, None] + self.proposal_hidden(h=h)
         mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average, tape), tape)
         z = pf.sample_normal(mean, var, trace.eps)

@@ -1,9 +1,9 @@
 """Breaks one line at a time and sees whether a test notices: python -m tests.reliability.mutants [--only=TEXT]
 
-Each mutant is a piece of text of `particle_filter.py`, `distinct.py` or `a2c.py` with something else in its place. It
-is put into a copy of the project, where the fast tests of that file run until the first one fails. A mutant that
-survives must be explained below, in its last field, else the script fails. Text that is no longer in the file fails
-too.
+Each mutant is a piece of text of `particle_filter.py`, `distinct.py`, `lineages.py` or `a2c.py` with something else in
+its place. It is put into a copy of the project, where the fast tests of that file run until the first one fails. A
+mutant that survives must be explained below, in its last field, else the script fails. Text that is no longer in the
+file fails too.
 """
 
 import argparse
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-FILTER, DISTINCT, LEARNER = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py", "dvrl_jax/a2c.py"
+FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py"
+LINEAGES, LEARNER = "dvrl_jax/lineages.py", "dvrl_jax/a2c.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
     FILTER: ["tests/test_particle_filter.py"],
     DISTINCT: ["tests/test_distinct.py"],
+    LINEAGES: ["tests/test_lineages.py"],
     LEARNER: [
         "tests/reliability/test_losses.py",
         "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
@@ -29,6 +31,7 @@ TESTS = {
         "tests/test_atari.py::test_training_gradient_ignores_whatever_a_late_reset_brings[rnn]",
         "tests/test_bptt.py",
         "tests/test_distinct.py",
+        "tests/test_lineages.py",
         "tests/reliability/test_numerical_faults.py",
         "tests/test_parity.py",
         "tests/test_agents.py",
@@ -122,6 +125,27 @@ def distinct_mutants() -> list[Mutant]:
     return [Mutant(DISTINCT, *pair) for pair in pairs]
 
 
+def lineage_mutants() -> list[Mutant]:
+    pairs = [
+        ("jnp.any(h_grad != 0.0", "jnp.all(h_grad != 0.0"),
+        ("used = row < size", "used = row <= size"),
+        ("jnp.where(used, row, row[0])", "jnp.where(used, row, 0)"),
+        ("row // particles, row % particles", "row // envs, row % particles"),
+        ("trace.ancestors[:, 0], moves", "particle, moves"),
+        ("jnp.where(fresh[:, None], 0.0, pick(moves.h, parent))", "pick(moves.h, parent)"),
+        ("pick(moves.h, parent)", "pick(moves.h, particle)"),
+        ("jnp.where(used[:, None], h_grad[env, particle], 0.0)", "h_grad[env, particle]"),
+        ("return begin + room, Back", "return begin + room + 1, Back"),
+        ("jnp.add, back.weights, of_weights", "jnp.subtract, back.weights, of_weights"),
+        (".add(jnp.where(fresh, 0.0, of_h[:, 0]))", ".add(of_h[:, 0])"),
+        (".add(jnp.where(fresh, 0.0, of_h[:, 0]))", ".set(jnp.where(fresh, 0.0, of_h[:, 0]))"),
+        ("all.at[env].add(x)", "all.at[env].set(x)"),
+        ("Back(weights_grad, *", "Back(jax.tree.map(jnp.zeros_like, weights_grad), *"),
+        ("carry[0] < last, look", "carry[0] + room < last, look"),
+    ]
+    return [Mutant(LINEAGES, *pair) for pair in pairs]
+
+
 def learner_mutants() -> list[Mutant]:
     pairs = [
         # Returns.
@@ -161,7 +185,14 @@ def learner_mutants() -> list[Mutant]:
         (".at[newest].set(g)", ".at[0].set(g)"),
         ("seen_grads, newest + 1)", "seen_grads, newest)"),
         ("rows.of_images(g), 0.0)", "0.0, 0.0)"),
+        (
+            "                grads = jax.tree.map(jnp.add, grads, more)",
+            "                grads = jax.tree.map(jnp.subtract, grads, more)",
+        ),
         ("jax.tree.map(jnp.add, grads, more), h_grad", "jax.tree.map(jnp.subtract, grads, more), h_grad"),
+        ("xs, reverse=True)", "xs)"),
+        ("(segments.notes.add_action, segments.prev_action)", "(segments.notes.add_action, 0 * segments.prev_action)"),
+        ("moves, (place, x[0])", "moves, (place, x[0] - 1)"),
         ("fori_loop(0, newest, go_back", "fori_loop(1, newest, go_back"),
         ("(all, new, window.length, 0)", "(all, new, 0, 0)"),
         ("jnp.where(length + 1 == capacity, 0, length + 1)", "jnp.where(length + 1 == capacity, 1, length + 1)"),
@@ -185,7 +216,7 @@ def learner_mutants() -> list[Mutant]:
 
 
 def mutants() -> list[Mutant]:
-    return filter_mutants() + distinct_mutants() + learner_mutants()
+    return filter_mutants() + distinct_mutants() + lineage_mutants() + learner_mutants()
 
 
 def is_killed(mutant: Mutant, number: int, root: Path) -> bool:

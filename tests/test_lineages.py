@@ -1,0 +1,140 @@
+"""Lineages: only particles with descendants are gone back through, and the gradient is the same as through all."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as np_st
+
+from dvrl_jax import a2c, lineages
+from dvrl_jax.agents import AGENTS, DVRL
+from dvrl_jax.envs import ActionSpec
+from tests.golden import Recording
+from tests.tiny import normals, tiny_config
+
+SEGMENTS, STEPS, ENVS, PARTICLES, SIZE = 2, 3, 4, 5, 2
+AT = (1, 2)
+
+
+class Trace(NamedTuple):
+    ancestors: jax.Array
+    noise: jax.Array
+
+
+def advance(weights, h, inputs, trace, notes):
+    """A step in which weights, h, inputs, trace and notes all have a say."""
+    return jnp.tanh(h @ weights + inputs[:, None] * trace.noise) * notes
+
+
+def moves(fresh):
+    shape = (SEGMENTS, STEPS, ENVS, PARTICLES)
+    ancestors = np.sort(np.random.default_rng(1).integers(PARTICLES, size=shape), axis=-1)
+    trace = Trace(jnp.asarray(ancestors, jnp.int32), jnp.asarray(normals(2, *shape, SIZE)))
+    everywhere = jnp.broadcast_to(fresh, (SEGMENTS, STEPS, ENVS))
+    return lineages.Moves(
+        jnp.asarray(normals(3, *shape, SIZE)), everywhere, trace, jnp.asarray(normals(4, *shape, SIZE))
+    )
+
+
+WEIGHTS, INPUTS, BEFORE = normals(5, SIZE, SIZE), normals(6, ENVS, SIZE), normals(7, SIZE, SIZE)
+
+
+def through_all(weights, h, inputs, all_moves):
+    """The same step, of all particles at once."""
+    trace = jax.tree.map(lambda x: x[AT], all_moves.trace)
+    h = jnp.where(all_moves.fresh[AT][:, None, None], 0.0, h)
+    inherited = jnp.take_along_axis(h, trace.ancestors[..., None], axis=1)
+    return advance(weights, inherited, inputs, trace, all_moves.notes[AT])
+
+
+@functools.cache
+def both_ways(rows):
+    """Compiled: the gradients by `go_back`, with that many rows in a pass, and through all particles at once."""
+
+    def go_back(whole, broken, grad):
+        _, vjp = jax.vjp(lambda *x: through_all(*x, whole), WEIGHTS, whole.h[AT], INPUTS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lineages, "ROWS", rows)
+            return lineages.go_back(advance, WEIGHTS, broken, AT, jnp.asarray(INPUTS), BEFORE, grad), vjp(grad)
+
+    return jax.jit(go_back)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 80])
+@settings(deadline=None, max_examples=20)
+@given(live=np_st.arrays(bool, (ENVS, PARTICLES)), fresh=np_st.arrays(bool, ENVS), seed=st.integers(0, 9))
+def test_a_step_is_gone_back_through_as_through_all(rows, live, fresh, seed):
+    with jax.enable_x64(True):
+        whole = moves(jnp.asarray(fresh))
+        grad = jnp.where(live[..., None], normals(seed, ENVS, PARTICLES, SIZE), 0.0)
+        # Whoever has no descendants is not looked at.
+        broken = whole._replace(notes=jnp.where(live[..., None], whole.notes, jnp.nan))
+        back, (weights_grad, h_grad, inputs_grad) = both_ways(rows)(whole, broken, grad)
+        np.testing.assert_allclose(back.weights, BEFORE + weights_grad, atol=1e-12)
+        np.testing.assert_allclose(back.h, h_grad, atol=1e-12)
+        np.testing.assert_allclose(back.inputs, inputs_grad, atol=1e-12)
+
+
+class AllAtOnce(DVRL):
+    """DVRL whose gradient goes back through every particle."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.has_lineages = False
+
+
+def last_gradient(config, env, segments):
+    """The gradient of the last of some segments, in float64, with weights that changed in between; and its killed."""
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(0))
+    to_double = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    params = jax.tree.map(to_double, state.params)
+    state = learner.restart(state._replace(params=params), env.reset(None))
+    actor, window = state.actor, state.window
+    gradient, killed = jax.jit(learner.gradient), []
+    for segment in range(segments):
+        draws = learner.draw(jax.random.PRNGKey(segment))
+        grads, outcome = gradient(params, state.batch_stats, actor, window, draws)
+        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
+        params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+        killed.append(outcome.steps.metrics["particles.killed"])
+    return grads, np.asarray(killed)
+
+
+@pytest.mark.parametrize(("rows", "action_encoding"), [(4, 4), (80, 0)])
+def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypatch):
+    """Across three segments, in which episodes end and particles are killed."""
+    segments, num_steps = 3, 2
+    config = tiny_config("dvrl", bptt_segments=segments, num_steps=num_steps, model__num_particles=6)
+    config.model.action_encoding = action_encoding
+    monkeypatch.setattr(lineages, "ROWS", rows)
+    steps, envs = segments * num_steps, config.num_envs
+    ends = np.zeros((steps, envs), bool)
+    ends[1, 0] = ends[2, 1] = True
+    with jax.enable_x64(True):
+        env = Recording(3.0 * normals(0, steps + 1, envs, 2), normals(1, steps, envs), ends, ActionSpec(False, 2))
+        along_lineages, killed = last_gradient(config, env, segments)
+        monkeypatch.setitem(AGENTS, "dvrl", AllAtOnce)
+        through_every, same_killed = last_gradient(config, env, segments)
+    np.testing.assert_array_equal(killed, same_killed)
+    assert killed[:-1].any(axis=(1, 2)).all()
+    whole = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(through_every)))
+    for a, b in zip(jax.tree.leaves(along_lineages), jax.tree.leaves(through_every), strict=True):
+        assert a.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, atol=1e-12 * whole)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model__batch_norm": True}, {"model__resample": False}, {"model__num_particles": 1}, {}],
+    ids=["batch norm", "no resampling", "one particle", "plain"],
+)
+def test_only_particles_that_know_nothing_of_each_other_have_lineages(fields):
+    config = tiny_config("dvrl", **fields)
+    env = Recording(normals(0, 2, 3, 2), normals(1, 1, 3), np.zeros((1, 3), bool), ActionSpec(False, 2))
+    assert a2c.make_agent(config, env, jax.random.key(0)).has_lineages == (not fields)
