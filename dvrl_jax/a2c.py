@@ -294,6 +294,9 @@ def make_learner(config, env: Environment) -> Learner:
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 
+    # A GPU takes all particles at once with as many kernels as a few of them.
+    by_lineages = agent_verbs.has_lineages and jax.default_backend() == "cpu"
+
     def draw(key: Array) -> Draws:
         belief_key, action_key = jax.random.split(key)
         belief = agent_verbs.draw(belief_key, num_steps + 1, num_envs)
@@ -389,7 +392,7 @@ def make_learner(config, env: Environment) -> Learner:
             place = newest - 1 - i
             segment = jax.tree.map(lambda x: x[place], segments)
             seen = see_again(params, batch_stats, segment)
-            if agent_verbs.has_lineages:
+            if by_lineages:
                 grads, h_grad, seen_grad = along_lineages(grads, h_grad, params, batch_stats, segments, place, seen)
             else:
                 last_h = lambda *inputs: recur(*inputs, batch_stats, segment)[1].h[-1]
