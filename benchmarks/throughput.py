@@ -1,11 +1,11 @@
 """Speed of training, alone or beside PyTorch.
 
-    python -m benchmarks.throughput --config=configs/pong_dvrl.py [--compare=torch] [--repeats=3]
+    python -m benchmarks.throughput --config=configs/pong_dvrl.py [--compare=torch] [--repeats=3] [--train_first=500]
 
 Every measurement is a process of its own, one at a time; with `--compare=torch` ours and the peer's
 (`benchmarks/torch_dvrl.py`) take turns. Ours is the compiled call that `train.py` makes: as many updates at a time, up
-to a third of the time given. A process warms up for one window of updates, then times whole windows, so that short and
-long windows are all in.
+to a third of the time given. A process warms up for one window of updates, ours after the `train_first` ones, then
+times whole windows, so that short and long windows are all in.
 Prints a table and, as the last line, JSON with the medians and their ratio.
 """
 
@@ -51,8 +51,8 @@ def report(config, times: list[float], **more: Any) -> dict[str, Any]:
     return {"ms": ms, "steps_per_second": config.num_envs * config.num_steps / ms * 1e3, **more}
 
 
-def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
-    """Speed of the compiled training call; with `parts`, also of its pieces compiled alone."""
+def measure_ours(config, seconds: float, train_first: int, parts: bool) -> dict[str, Any]:
+    """Speed of the compiled training call after some updates; with `parts`, also of its pieces compiled alone."""
     import jax
     import jax.numpy as jnp
 
@@ -72,6 +72,7 @@ def measure_ours(config, seconds: float, parts: bool) -> dict[str, Any]:
         nonlocal state
         state = jax.block_until_ready(program(state, jnp.int32(count * config.bptt_segments)))
 
+    run_windows(train_first // config.bptt_segments)
     began = time.perf_counter()
     run_windows(1)
     warm_up = time.perf_counter() - began
@@ -171,13 +172,14 @@ def measure_torch(config, seconds: float) -> dict[str, Any]:
     return report(config, times, memory_mb=peak_memory_mb(), device=f"torch {torch.__version__}")
 
 
-def run_worker(config, kind: str, seconds: float, parts: bool = False) -> dict[str, Any]:
+def run_worker(config, kind: str, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
     """Measures in a process of its own; the configuration goes there as JSON.
 
     Raises:
         RuntimeError: the process failed; its messages come first.
     """
-    job = {"fields": config_lib.flatten(config), "kind": kind, "seconds": seconds, "parts": parts}
+    job = {"fields": config_lib.flatten(config), "kind": kind, "seconds": seconds}
+    job |= {"train_first": train_first, "parts": parts}
     command = [sys.executable, "-m", "benchmarks.throughput"]
     environment = os.environ | {"DVRL_JAX_BENCHMARK": json.dumps(job)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -190,7 +192,7 @@ def work(job: dict[str, Any]) -> None:
     config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
     if job["kind"] == "ours":
         process.prepare(config)  # As `train.py` does.
-        result = measure_ours(config, job["seconds"], job["parts"])
+        result = measure_ours(config, job["seconds"], job["train_first"], job["parts"])
     else:
         result = measure_torch(config, job["seconds"])
     print(json.dumps(result))
@@ -230,7 +232,8 @@ def main() -> int:
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):
         for kind in kinds:
-            results[kind].append(run_worker(config, kind, FLAGS.seconds, parts=repeat == 0 and FLAGS.parts))
+            parts = repeat == 0 and FLAGS.parts
+            results[kind].append(run_worker(config, kind, FLAGS.seconds, FLAGS.train_first, parts))
     print(f"{config.algorithm} on {config.env.name}, {machine()}")
     print_table(results)
     speed = {kind: statistics.median(r["steps_per_second"] for r in found) for kind, found in results.items()}
@@ -249,5 +252,8 @@ if __name__ == "__main__":
         flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")
         flags.DEFINE_integer("repeats", 3, "How many times each is measured.", lower_bound=1)
         flags.DEFINE_float("seconds", 10.0, "Each measurement takes at least this long, after warm-up.")
+        flags.DEFINE_integer(
+            "train_first", 0, "Updates of ours before timing: its speed may depend on what is learned.", lower_bound=0
+        )
         flags.DEFINE_boolean("parts", True, "Also measure the pieces of an update, once.")
         command_line.run(main, default.get_config())
