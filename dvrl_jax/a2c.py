@@ -344,12 +344,15 @@ def make_learner(config, env: Environment) -> Learner:
             step = agent.transition(agent.restart(h, fresh), inputs, trace, Player(notes))
             return step.h, step
 
-        notes = segment.notes
-        tape = Player(notes.add_action, steps=1)
-        inputs = agent_of(params, batch_stats).add_action(seen, segment.prev_action, tape)
-        xs = (segment.fresh, inputs, segment.trace, notes.transition)
+        inputs = add_action(params, seen, batch_stats, segment)
+        xs = (segment.fresh, inputs, segment.trace, segment.notes.transition)
         _, steps = jax.lax.scan(transition, h, xs, unroll=unroll)
         return inputs, steps
+
+    def add_action(params: nnx.State, seen: Any, batch_stats: nnx.State, segment: Segment) -> Inputs:
+        """The inputs of a segment's steps again, from what was `seen` in them."""
+        tape = Player(segment.notes.add_action, steps=1)
+        return agent_of(params, batch_stats).add_action(seen, segment.prev_action, tape)
 
     def segment_loss(
         params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, rollout: Rollout
@@ -410,20 +413,18 @@ def make_learner(config, env: Environment) -> Learner:
         As `recur` would give it, but step by step, and through the particles that have descendants only.
         Returns `grads` with what comes to the weights, and the gradients of the first h and of what was `seen`.
         """
-        notes, prev_action = jax.tree.map(lambda x: x[place], (segments.notes.add_action, segments.prev_action))
+        segment = jax.tree.map(lambda x: x[place], segments)
         moves = lineages.Moves(segments.h, segments.fresh, segments.trace, segments.notes.transition)
 
-        def add_action(params, seen):
-            return agent_of(params, batch_stats).add_action(seen, prev_action, Player(notes, steps=1))
-
-        def advance(params, h, inputs, trace, notes):
-            return agent_of(params, batch_stats).advance(h, inputs, trace, Player(notes)).h
+        def advance(params, h, inputs, fresh, trace, notes):
+            agent = agent_of(params, batch_stats)
+            return agent.advance(agent.restart(h, fresh), inputs, trace, Player(notes)).h
 
         def step_back(carry, x):
             back = lineages.go_back(advance, params, moves, (place, x[0]), x[1], *carry)
             return (back.weights, back.h), back.inputs
 
-        inputs, add_action_vjp = jax.vjp(add_action, params, seen)
+        inputs, add_action_vjp = jax.vjp(lambda *changing: add_action(*changing, batch_stats, segment), params, seen)
         xs = (jnp.arange(num_steps), inputs)
         (grads, h_grad), inputs_grad = jax.lax.scan(step_back, (grads, h_grad), xs, reverse=True)
         more, seen_grad = add_action_vjp(inputs_grad)

@@ -52,8 +52,8 @@ def go_back(
     """Takes the gradient of a loss from the h after a step to all that this came of, under the weights of now.
 
     Args:
-        advance: of (weights, inherited h [R, 1, H], inputs [R, ...], trace, notes [R, 1, ...]), returns the next h: the
-        step of any R particles, each alone in an environment of its own.
+        advance: of (weights, inherited h [R, 1, H], inputs [R, ...], fresh [R], trace [R, 1, ...], notes [R, 1, ...]),
+        returns the next h: the step of any R particles, each alone in an environment of its own.
         weights: any pytree. at: (segment, step) among the moves. inputs: those of the step, pytree of [B, ...].
         weights_grad: what has come to the weights before; what this step brings is added. h_grad: [B, K, H].
     """
@@ -71,15 +71,15 @@ def go_back(
         env, particle = row // particles, row % particles
         pick = lambda x, particle: x[(*at, env, particle)][:, None]
         trace, notes = jax.tree.map(lambda x: pick(x, particle), (moves.trace, moves.notes))
-        parent, fresh = trace.ancestors[:, 0], moves.fresh[at][env, None]
-        h = jnp.where(fresh[:, None], 0.0, pick(moves.h, parent))
-        of_env = jax.tree.map(lambda x: x[env], inputs)
-        _, vjp = jax.vjp(lambda *changing: advance(*changing, trace, notes), weights, h, of_env)
+        parent = trace.ancestors[:, 0]
+        of_env, fresh = jax.tree.map(lambda x: x[env], (inputs, moves.fresh[at]))
+        still = (fresh, trace, notes)
+        _, vjp = jax.vjp(lambda *changing: advance(*changing, *still), weights, pick(moves.h, parent), of_env)
         row_grad = jnp.where(used[:, None], h_grad[env, particle], 0.0)
         of_weights, of_h, of_inputs = vjp(row_grad[:, None])
         return begin + room, Back(
             jax.tree.map(jnp.add, back.weights, of_weights),
-            back.h.at[env, parent].add(jnp.where(fresh, 0.0, of_h[:, 0])),
+            back.h.at[env, parent].add(of_h[:, 0]),
             jax.tree.map(lambda all, x: all.at[env].add(x), back.inputs, of_inputs),
         )
 

@@ -26,8 +26,9 @@ class Trace(NamedTuple):
     noise: jax.Array
 
 
-def advance(weights, h, inputs, trace, notes):
-    """A step in which weights, h, inputs, trace and notes all have a say."""
+def advance(weights, h, inputs, fresh, trace, notes):
+    """A step in which weights, h, inputs, trace and notes all have a say, but h not in a fresh episode."""
+    h = jnp.where(fresh[:, None, None], 0.0, h)
     return jnp.tanh(h @ weights + inputs[:, None] * trace.noise) * notes
 
 
@@ -47,9 +48,8 @@ WEIGHTS, INPUTS, BEFORE = normals(5, SIZE, SIZE), normals(6, ENVS, SIZE), normal
 def through_all(weights, h, inputs, all_moves):
     """The same step, of all particles at once."""
     trace = jax.tree.map(lambda x: x[AT], all_moves.trace)
-    h = jnp.where(all_moves.fresh[AT][:, None, None], 0.0, h)
     inherited = jnp.take_along_axis(h, trace.ancestors[..., None], axis=1)
-    return advance(weights, inherited, inputs, trace, all_moves.notes[AT])
+    return advance(weights, inherited, inputs, all_moves.fresh[AT], trace, all_moves.notes[AT])
 
 
 @functools.cache
