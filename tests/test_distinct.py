@@ -12,6 +12,7 @@ from dvrl_jax import a2c
 from dvrl_jax.distinct import Distinct, is_blank
 from dvrl_jax.envs import ActionSpec
 from tests.golden import Recording
+from tests.segments import assert_equal_up_to, last_gradient
 from tests.tiny import none_blank, tiny_pong
 
 STEPS, ENVS = 6, 3
@@ -93,29 +94,8 @@ def test_gradient_is_that_of_every_image_by_itself(algorithm, monkeypatch):
         env, blank = flickering_images(segments * num_steps)
         taken = [steps for _, steps in passes(blank, segments * num_steps, ENVS * num_steps)]
         assert any(len(steps) > num_steps for steps in taken)
-
-        def last_gradient():
-            learner = a2c.make_learner(config, env)
-            state = learner.init(jax.random.PRNGKey(0))
-            double = lambda tree: jax.tree.map(
-                lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-            )
-            params, stats = double(state.params), double(state.batch_stats)
-            state = learner.restart(state._replace(params=params, batch_stats=stats), env.reset(None))
-            actor, window = state.actor, state.window
-            gradient = jax.jit(learner.gradient)
-            for segment in range(segments):
-                draws = learner.draw(jax.random.PRNGKey(segment))
-                grads, outcome = gradient(params, stats, actor, window, draws)
-                actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
-                params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
-            return grads, outcome.rollout.segment.blank
-
-        together, found = last_gradient()
-        np.testing.assert_array_equal(found, blank[-num_steps:])
+        together, outcomes = last_gradient(config, env, segments)
+        np.testing.assert_array_equal(outcomes[-1].rollout.segment.blank, blank[-num_steps:])
         monkeypatch.setattr(a2c, "is_blank", none_blank)
-        apart, _ = last_gradient()
-    whole = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(apart)))
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
-        assert a.dtype == jnp.float64
-        np.testing.assert_allclose(a, b, atol=1e-9 * whole)
+        apart, _ = last_gradient(config, env, segments)
+    assert_equal_up_to(1e-9, together, apart)

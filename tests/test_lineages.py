@@ -15,6 +15,7 @@ from dvrl_jax import a2c, lineages
 from dvrl_jax.agents import AGENTS, DVRL
 from dvrl_jax.envs import ActionSpec
 from tests.golden import Recording
+from tests.segments import assert_equal_up_to, last_gradient
 from tests.tiny import normals, tiny_config
 
 SEGMENTS, STEPS, ENVS, PARTICLES, SIZE = 2, 3, 4, 5, 2
@@ -89,24 +90,6 @@ class AllAtOnce(DVRL):
         self.has_lineages = False
 
 
-def last_gradient(config, env, segments):
-    """The gradient of the last of some segments, in float64, with weights that changed in between; and its killed."""
-    learner = a2c.make_learner(config, env)
-    state = learner.init(jax.random.PRNGKey(0))
-    to_double = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    params = jax.tree.map(to_double, state.params)
-    state = learner.restart(state._replace(params=params), env.reset(None))
-    actor, window = state.actor, state.window
-    gradient, killed = jax.jit(learner.gradient), []
-    for segment in range(segments):
-        draws = learner.draw(jax.random.PRNGKey(segment))
-        grads, outcome = gradient(params, state.batch_stats, actor, window, draws)
-        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
-        params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
-        killed.append(outcome.steps.metrics["particles.killed"])
-    return grads, np.asarray(killed)
-
-
 @pytest.mark.parametrize(("rows", "action_encoding"), [(4, 4), (80, 0)])
 def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypatch):
     """Across three segments, in which episodes end and particles are killed."""
@@ -119,15 +102,16 @@ def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypa
     ends[1, 0] = ends[2, 1] = True
     with jax.enable_x64(True):
         env = Recording(3.0 * normals(0, steps + 1, envs, 2), normals(1, steps, envs), ends, ActionSpec(False, 2))
-        along_lineages, killed = last_gradient(config, env, segments)
+        along_lineages, outcomes = last_gradient(config, env, segments)
         monkeypatch.setitem(AGENTS, "dvrl", AllAtOnce)
-        through_every, same_killed = last_gradient(config, env, segments)
+        through_every, same_outcomes = last_gradient(config, env, segments)
+    killed, same_killed = (
+        np.stack([outcome.steps.metrics["particles.killed"] for outcome in found])
+        for found in (outcomes, same_outcomes)
+    )
     np.testing.assert_array_equal(killed, same_killed)
     assert killed[:-1].any(axis=(1, 2)).all()
-    whole = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(through_every)))
-    for a, b in zip(jax.tree.leaves(along_lineages), jax.tree.leaves(through_every), strict=True):
-        assert a.dtype == jnp.float64
-        np.testing.assert_allclose(a, b, atol=1e-12 * whole)
+    assert_equal_up_to(1e-12, along_lineages, through_every)
 
 
 @pytest.mark.parametrize(
