@@ -155,12 +155,19 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
 
 
 def measure_torch(config, seconds: float) -> dict[str, Any]:
-    """Speed of the PyTorch peer on as many threads as there are cores."""
+    """Speed of the PyTorch peer on a GPU, if there is one and JAX may use it, else on as many threads as cores."""
     import torch
 
     from benchmarks.torch_dvrl import make_trainer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
+    if on_gpu:
+        torch.set_default_device("cuda")
+        torch.backends.cudnn.benchmark = True
+        in_full = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION") in ("float32", "highest")
+        torch.set_float32_matmul_precision("highest" if in_full else "high")  # As JAX does.
+        torch.backends.cudnn.allow_tf32 = not in_full
     trainer = make_trainer(config)
 
     def run_window():
@@ -169,7 +176,9 @@ def measure_torch(config, seconds: float) -> dict[str, Any]:
 
     run_window()
     times = timed_windows(run_window, seconds)
-    return report(config, times, memory_mb=peak_memory_mb(), device=f"torch {torch.__version__}")
+    memory_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
+    on = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return report(config, times, memory_mb=memory_mb, device=f"torch {torch.__version__} on {on}")
 
 
 def run_worker(config, kind: str, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:

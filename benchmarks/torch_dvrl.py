@@ -297,6 +297,11 @@ class Trainer:
 # --- Environments ----------------------------------------------------------------------------------------------------
 
 
+def to_device(x):
+    """A NumPy array as a tensor on PyTorch's default device."""
+    return torch.from_numpy(x).to(torch.get_default_device())
+
+
 class Atari:
     """Flickering games on EnvPool's Python interface; the call after a `done` is no transition."""
 
@@ -317,14 +322,14 @@ class Atari:
 
     def _observe(self, frames):
         seen = (torch.rand(self.num_envs) >= self.p_blank).float().view(-1, 1, 1, 1)
-        return torch.from_numpy(frames).float() / 255 * seen
+        return to_device(frames).float() / 255 * seen
 
     def step(self, action):
         """Returns (obs, reward [B], not_done [B], keep [B]: belief goes on, transition [B])."""
-        frames, reward, terminated, truncated, _ = self.pool.step(action[:, 0].numpy().astype(np.int32))
+        frames, reward, terminated, truncated, _ = self.pool.step(action[:, 0].cpu().numpy().astype(np.int32))
         late, done = self.was_done, terminated | truncated
         self.was_done = done
-        number = lambda x: torch.from_numpy(np.asarray(x, np.float32))
+        number = lambda x: to_device(np.asarray(x, np.float32))
         reward = np.where(late, 0, reward)
         return self._observe(frames), number(reward), number(~(done & ~late)), number(~(done | late)), number(~late)
 

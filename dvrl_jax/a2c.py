@@ -294,8 +294,15 @@ def make_learner(config, env: Environment) -> Learner:
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 
-    # A GPU takes all particles at once with as many kernels as a few of them.
-    by_lineages = agent_verbs.has_lineages and jax.default_backend() == "cpu"
+    # A GPU takes all particles or steps at once with as many kernels as a few of them.
+    on_gpu = jax.default_backend() == "gpu"
+    by_lineages = agent_verbs.has_lineages and not on_gpu
+
+    def each(step: Callable, xs: Any) -> Any:
+        """What `step` makes of each of xs [T, ...]; on a CPU one after the other, with less memory in use."""
+        if on_gpu:
+            return jax.vmap(step)(xs)
+        return jax.lax.scan(lambda _, x: (None, step(x)), None, xs, unroll=unroll)[1]
 
     def draw(key: Array) -> Draws:
         belief_key, action_key = jax.random.split(key)
@@ -360,15 +367,15 @@ def make_learner(config, env: Environment) -> Learner:
         """The loss of a segment, as a function of the weights, the recurrent state h before it and what was `seen`."""
         segment = rollout.segment
 
-        def weigh(_, x):
+        def weigh(x):
             step, inputs, trace, obs, notes = x
             belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
-            return None, (belief, info.encoding_loss, info.metrics)
+            return belief, info.encoding_loss, info.metrics
 
         inputs, steps = recur(params, h, seen, batch_stats, segment)
         xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
-        _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
-        # Summaries of beliefs depend on no other step: all steps at once.
+        # Weights and summaries depend on no other step. The latter take little memory: all steps at once.
+        beliefs, *weighed = each(weigh, xs)
         agent = agent_of(params, batch_stats)
         features = agent.policy_features(beliefs, Player(rollout.summary_notes, steps=1))
         policy = agent.policy(features)
@@ -502,10 +509,8 @@ def make_learner(config, env: Environment) -> Learner:
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
         finite = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
         known = (state.params, state.batch_stats, state.opt_state)
-        # A choice per array would repeat the whole chain of "and"s of `finite` in each one's code.
-        (params, batch_stats, opt_state), skipped_in_row = jax.lax.cond(
-            finite, lambda: (learned, 0), lambda: (known, state.skipped_in_row + 1)
-        )
+        choices = (learned, 0), (known, state.skipped_in_row + 1)
+        (params, batch_stats, opt_state), skipped_in_row = choose(finite, *choices)
         good = skipped_in_row == 0
         return TrainState(
             params=params,
@@ -521,6 +526,14 @@ def make_learner(config, env: Environment) -> Learner:
             skipped=state.skipped + ~good,
             skipped_in_row=skipped_in_row,
         )
+
+    def choose(condition: Array, yes: Any, no: Any) -> Any:
+        """One of two pytrees."""
+        if on_gpu:  # It would have to wait until the processor knows the condition.
+            condition = jax.lax.optimization_barrier(condition)
+            return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
+        # On a CPU a choice per array would repeat all that the condition takes in each one's code.
+        return jax.lax.cond(condition, lambda: yes, lambda: no)
 
     def recover(actor: Actor, skipped: Array) -> Actor:
         """After a skipped update: belief and previous action start anew where they hold a number that is not finite.

@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 
 from dvrl_jax.config import sees_images
+
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 
 # Options of glibc's mallopt: its number for each and the value, by the environment variable that sets the same.
 HEAP_OPTIONS = {
@@ -19,9 +22,9 @@ HEAP_OPTIONS = {
 def prepare(config) -> None:
     """Settles the threads of a process that trains `config`; to be called before JAX's first computation.
 
-    The smallest model, the RNN on vectors, gets one thread.
+    The smallest model, the RNN on vectors, gets one thread, unless a GPU trains it: there threads only compile.
     """
-    if config.algorithm == "rnn" and not sees_images(config):
+    if config.algorithm == "rnn" and not sees_images(config) and not may_use_gpu():
         spare_threads()
 
 
@@ -33,6 +36,11 @@ def settle(config) -> None:
     """
     if config.algorithm == "dvrl" and sees_images(config):
         keep_one_heap()
+
+
+def may_use_gpu() -> bool:
+    """Whether there is an NVIDIA GPU that JAX may take. JAX itself cannot be asked before its threads are settled."""
+    return NVIDIA_DEVICE.exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 def spare_threads() -> None:

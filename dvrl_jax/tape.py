@@ -23,6 +23,8 @@ from dvrl_jax.distinct import Rows
 
 Array = jax.Array
 
+MOST_UNROLLED_ON_GPU = 16  # More would only be longer to compile.
+
 
 class Curve(NamedTuple):
     """An element-wise function, and its slope as a function of its value."""
@@ -34,6 +36,12 @@ class Curve(NamedTuple):
 SIGMOID = Curve(jax.nn.sigmoid, lambda y: y * (1.0 - y))
 TANH = Curve(jnp.tanh, lambda y: 1.0 - jnp.square(y))
 SOFTPLUS = Curve(jax.nn.softplus, lambda y: -jnp.expm1(-y))
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`, on a GPU with steps written out one after the other: there the loop costs more than its steps."""
+    unroll = MOST_UNROLLED_ON_GPU if jax.default_backend() == "gpu" else 1
+    return jax.lax.scan(step, init, xs, unroll=min(unroll, len(jax.tree.leaves(xs)[0])))
 
 
 class Tape:
@@ -62,7 +70,7 @@ class Tape:
 
     def scan(self, step: Callable[[Any, Any, "Tape"], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
         """`lax.scan` of step(carry, x, tape) -> (carry, y), for steps with products of their own."""
-        return jax.lax.scan(lambda carry, x: step(carry, x, Tape()), init, xs)
+        return scan(lambda carry, x: step(carry, x, Tape()), init, xs)
 
 
 class Recorder(Tape):
@@ -92,7 +100,7 @@ class Recorder(Tape):
             carry, y = step(carry, x, tape)
             return carry, (y, tape.notes)
 
-        carry, (ys, notes) = jax.lax.scan(recorded, init, xs)
+        carry, (ys, notes) = scan(recorded, init, xs)
         self._notes.append(notes)
         return carry, ys
 
@@ -124,7 +132,7 @@ class Player(Tape):
             return step(carry, x, Player(notes, self.steps))
 
         notes = jax.tree.map(lambda x: jnp.moveaxis(x, self.steps, 0), next(self._notes))
-        return jax.lax.scan(played, init, (xs, notes))
+        return scan(played, init, (xs, notes))
 
 
 class RowPlayer(Player):

@@ -1,0 +1,111 @@
+"""What a GPU does while it trains: how busy it is, and the kernels that take most of its time.
+
+    python -m benchmarks.kernels --config=configs/pong_dvrl.py [--updates=20] [--top=10]
+
+Traces the compiled call that `train.py` makes, after a warm-up, with JAX's profiler. Kernels of a CUDA graph are traced
+as one; `XLA_FLAGS=--xla_gpu_enable_command_buffer=` launches them one by one instead, which is slower but names them.
+"""
+
+import collections
+import re
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+from absl import flags
+
+from configs import default
+from dvrl_jax import command_line, process
+from dvrl_jax import config as config_lib
+
+FLAGS = flags.FLAGS
+
+
+class Span(NamedTuple):
+    """One thing that the device did, in nanoseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+
+def busy(spans: Iterable[Span]) -> float:
+    """Nanoseconds in which at least one of the spans was under way."""
+    total, end = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.start + span.duration - max(end, span.start))
+        end = max(end, span.start + span.duration)
+    return total
+
+
+def kind(name: str) -> str:
+    """A kernel's name without the number that tells it from the others of its kind."""
+    return re.sub(r"[._]\d+$", "", name)
+
+
+def read_spans(directory: Path) -> list[Span]:
+    """All that a trace in `directory` says of the streams of GPUs.
+
+    Raises:
+        RuntimeError: there was no GPU.
+    """
+    import jax
+
+    (path,) = directory.glob("**/*.xplane.pb")
+    planes = [plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes if "/device:GPU" in plane.name]
+    if not planes:
+        raise RuntimeError("the trace has no GPU in it")
+    lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+    return [Span(event.name, event.start_ns, event.duration_ns) for line in lines for event in line.events]
+
+
+def print_table(spans: list[Span], seconds: float, updates: int, top: int) -> None:
+    """Prints how busy the device was, and the `top` kinds of kernels by time."""
+    per_update = 1e-6 / updates
+    times, counts = collections.Counter(), collections.Counter()
+    for span in spans:
+        times[kind(span.name)] += span.duration
+        counts[kind(span.name)] += 1
+    print(f"{1e3 * seconds / updates:.2f} ms per update, traced; {len(spans) / updates:.0f} kernels and copies in it")
+    print(f"the GPU is busy for {busy(spans) * per_update:.2f} ms of them ({1e-7 * busy(spans) / seconds:.0f}%)")
+    for name, time_ns in times.most_common(top):
+        print(f"{time_ns * per_update:8.3f} ms {counts[name] / updates:7.1f} times  {name[:80]}")
+
+
+def main() -> int:
+    config, _ = command_line.config_and_overrides()
+    if config is None:
+        raise config_lib.ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
+    config = config_lib.finalise(ml_collections.ConfigDict(config))
+    process.prepare(config)
+
+    import jax
+    import jax.numpy as jnp
+
+    from dvrl_jax import a2c, compilation, envs
+
+    if jax.default_backend() != "gpu":
+        raise config_lib.ConfigError(f"this needs a GPU; JAX runs on the {jax.default_backend()}")
+    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, config.seed))
+    state = learner.init(jax.random.PRNGKey(config.seed))
+    program = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
+    state = jax.block_until_ready(program(state, jnp.int32(FLAGS.updates)))
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            began = time.perf_counter()
+            jax.block_until_ready(program(state, jnp.int32(FLAGS.updates)))
+            seconds = time.perf_counter() - began
+        spans = read_spans(Path(directory))
+    print(f"{config.algorithm} on {config.env.name}, {jax.devices()[0].device_kind}")
+    print_table(spans, seconds, FLAGS.updates, FLAGS.top)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.define_config()
+    flags.DEFINE_integer("updates", 20, "Updates that are traced, after as many to warm up.", lower_bound=1)
+    flags.DEFINE_integer("top", 10, "How many kinds of kernels are listed.", lower_bound=1)
+    command_line.run(main, default.get_config())
