@@ -16,28 +16,40 @@ from dvrl_jax.config import sees_images
 OPTION, SUMS_ALONE = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
 
 
-def jit(run: Callable, config) -> jax.stages.Wrapped:
+# Kernels of a CUDA graph that need nothing of each other run at the same time; and products are cuBLAS's, because XLA's
+# own would each be compiled in many variants to find the fastest (`docs/performance.md`).
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
+TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
+
+
+def jit(run: Callable, config, use_cache: bool = True) -> jax.stages.Wrapped:
     """Training's program: `run`, a function of a state, which it donates, and a number, with the fastest options."""
-    return jax.jit(run, donate_argnums=0, compiler_options=options(config))
+    return jax.jit(run, donate_argnums=0, compiler_options=options(config, use_cache))
 
 
-def options(config) -> dict[str, str]:
-    """XLA's options for training `config` on a CPU: products by Eigen for DVRL on vectors and the RNN on images.
+def options(config, use_cache: bool = True) -> dict[str, str | bool]:
+    """XLA's options for training `config`.
 
-    To DVRL on images it is no gain, and to the RNN on vectors, which has one thread, a loss.
+    On a CPU: products by Eigen for DVRL on vectors and the RNN on images. To DVRL on images it is no gain, and to the
+    RNN on vectors, which has one thread, a loss.
+
+    On a GPU: `GPU_OPTIONS`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
+    also of programs that cannot be kept themselves (see `cached`).
 
     An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
     """
-    by_eigen = (config.algorithm == "dvrl") != sees_images(config)
-    if not by_eigen or jax.default_backend() != "cpu":
-        return {}
-    if OPTION in os.environ.get("XLA_FLAGS", "") or not _is_known(OPTION, SUMS_ALONE):
-        return {}
-    return {OPTION: SUMS_ALONE}
+    wanted = {}
+    if jax.default_backend() == "gpu":
+        directory = Path(jax.config.jax_compilation_cache_dir or default_cache_directory())
+        wanted = GPU_OPTIONS | ({TUNING: str(directory / "tuning")} if use_cache else {})
+    elif jax.default_backend() == "cpu" and (config.algorithm == "dvrl") != sees_images(config):
+        wanted = {OPTION: SUMS_ALONE}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
 
 
 @functools.cache
-def _is_known(option: str, value: str) -> bool:
+def _is_known(option: str, value: str | bool) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options={option: value})()
     except jax.errors.JaxRuntimeError:

@@ -89,8 +89,6 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
         if is_finished:
             print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
             return state
-        # Only programs without EnvPool in them can be found again in the compilation cache.
-        use_cache = use_cache and env.restorable
         with contextlib.closing(loggers.Loggers(run, config)) as log:
             return _Loop(run, config, learner, saver, log, env.restorable, wall_time, use_cache).run(state)
 
@@ -129,9 +127,10 @@ class _Loop:
     ):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.log = log
-        self.program = compilation.jit(learner.run, config)
+        self.program = compilation.jit(learner.run, config, use_cache)
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
-        self.use_cache = use_cache
+        # Only programs without EnvPool in them can be found again in the compilation cache.
+        self.cache_program = use_cache and with_episodes
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
@@ -143,7 +142,7 @@ class _Loop:
             began = time.monotonic()
             # Compile ahead, so that compile time is known as such and no step is taken by it. There is nothing to save
             # yet, and Python would answer no signal before the compiler returns: let the system answer.
-            with _signals(signal.SIG_DFL), compilation.cached(self.use_cache):
+            with _signals(signal.SIG_DFL), compilation.cached(self.cache_program):
                 program = self.program.lower(state, jnp.int32(1)).compile()
             process.settle(self.config)
             with _signals(self._on_signal):
