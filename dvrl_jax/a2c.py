@@ -294,15 +294,9 @@ def make_learner(config, env: Environment) -> Learner:
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 
-    # A GPU takes all particles or steps at once with as many kernels as a few of them.
+    # A GPU takes all particles at once with as many kernels as a few of them.
     on_gpu = jax.default_backend() == "gpu"
     by_lineages = agent_verbs.has_lineages and not on_gpu
-
-    def each(step: Callable, xs: Any) -> Any:
-        """What `step` makes of each of xs [T, ...]; on a CPU one after the other, with less memory in use."""
-        if on_gpu:
-            return jax.vmap(step)(xs)
-        return jax.lax.scan(lambda _, x: (None, step(x)), None, xs, unroll=unroll)[1]
 
     def draw(key: Array) -> Draws:
         belief_key, action_key = jax.random.split(key)
@@ -367,15 +361,15 @@ def make_learner(config, env: Environment) -> Learner:
         """The loss of a segment, as a function of the weights, the recurrent state h before it and what was `seen`."""
         segment = rollout.segment
 
-        def weigh(x):
+        def weigh(_, x):
             step, inputs, trace, obs, notes = x
             belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
-            return belief, info.encoding_loss, info.metrics
+            return None, (belief, info.encoding_loss, info.metrics)
 
         inputs, steps = recur(params, h, seen, batch_stats, segment)
         xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
-        # Weights and summaries depend on no other step. The latter take little memory: all steps at once.
-        beliefs, *weighed = each(weigh, xs)
+        _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
+        # Summaries of beliefs depend on no other step: all steps at once.
         agent = agent_of(params, batch_stats)
         features = agent.policy_features(beliefs, Player(rollout.summary_notes, steps=1))
         policy = agent.policy(features)
@@ -509,8 +503,9 @@ def make_learner(config, env: Environment) -> Learner:
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
         finite = all_finite((outcome.losses.total, optax.tree.norm(grads), learned))
         known = (state.params, state.batch_stats, state.opt_state)
-        choices = (learned, 0), (known, state.skipped_in_row + 1)
-        (params, batch_stats, opt_state), skipped_in_row = choose(finite, *choices)
+        (params, batch_stats, opt_state), skipped_in_row = choose(
+            finite, (learned, 0), (known, state.skipped_in_row + 1)
+        )
         good = skipped_in_row == 0
         return TrainState(
             params=params,
@@ -528,8 +523,8 @@ def make_learner(config, env: Environment) -> Learner:
         )
 
     def choose(condition: Array, yes: Any, no: Any) -> Any:
-        """One of two pytrees."""
-        if on_gpu:  # It would have to wait until the processor knows the condition.
+        """The first of two pytrees where the condition [] holds, else the second."""
+        if on_gpu:  # A conditional would wait until the processor, which launches its code, knows the condition.
             condition = jax.lax.optimization_barrier(condition)
             return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
         # On a CPU a choice per array would repeat all that the condition takes in each one's code.

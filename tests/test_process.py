@@ -11,21 +11,38 @@ from tests.tiny import tiny_hike, tiny_pong
 
 
 @pytest.mark.parametrize(
-    ("config", "given", "expected"),
+    ("config", "given", "has_gpu", "expected"),
     [
-        (tiny_hike("rnn"), None, "1"),
-        (tiny_hike("rnn"), "2", "2"),
-        (tiny_hike("dvrl"), None, None),
-        (tiny_pong("rnn"), None, None),
+        (tiny_hike("rnn"), None, False, "1"),
+        (tiny_hike("rnn"), "2", False, "2"),
+        (tiny_hike("rnn"), None, True, None),
+        (tiny_hike("dvrl"), None, False, None),
+        (tiny_pong("rnn"), None, False, None),
     ],
 )
-def test_only_the_smallest_models_are_given_one_thread(config, given, expected, monkeypatch):
+def test_only_the_smallest_models_are_given_one_thread(config, given, has_gpu, expected, monkeypatch):
+    monkeypatch.setattr(process, "may_use_gpu", lambda: has_gpu)
     monkeypatch.setenv("NPROC", "to be restored after the test")
     os.environ.pop("NPROC")
     if given is not None:
         os.environ["NPROC"] = given
     process.prepare(config)
     assert os.environ.get("NPROC") == expected
+
+
+@pytest.mark.parametrize(
+    ("is_there", "platforms", "may"),
+    [(True, None, True), (True, "cpu", False), (True, "cuda", True), (False, None, False)],
+)
+def test_a_gpu_may_be_used_if_it_is_there_and_not_forbidden(is_there, platforms, may, monkeypatch, tmp_path):
+    device = tmp_path / "nvidiactl"
+    if is_there:
+        device.touch()
+    monkeypatch.setattr(process, "NVIDIA_DEVICE", device)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert process.may_use_gpu() == may
 
 
 @pytest.mark.parametrize(

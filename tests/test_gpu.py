@@ -1,0 +1,143 @@
+"""What is done otherwise on a GPU, tried on whatever there is; and, where there is one, that it learns as a CPU does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import kernels
+from dvrl_jax import a2c, compilation, envs, process
+from dvrl_jax import config as config_lib
+from tests.tiny import tiny_hike
+
+UPDATES = 7  # More than a window and less than two.
+
+FIRST_LOSSES = f"""
+import json
+import jax
+import jax.numpy as jnp
+from dvrl_jax import a2c, envs
+from dvrl_jax import config as config_lib
+from tests.tiny import tiny_hike
+
+config = config_lib.finalise(tiny_hike("dvrl"))
+learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+run, state, losses = jax.jit(learner.run), learner.init(jax.random.PRNGKey(0)), []
+for _ in range({UPDATES}):
+    state = run(state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)), jnp.int32(1))
+    losses.append(state.metrics.means()["loss.total"])
+print(json.dumps([jax.default_backend(), losses]))
+"""
+
+
+@pytest.fixture
+def gpu_ways(monkeypatch):
+    """Programs are made as for a GPU from here on."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def learner_and_state(algorithm):
+    config = config_lib.finalise(tiny_hike(algorithm))
+    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+    return learner, learner.init(jax.random.PRNGKey(0))
+
+
+def conditionals(learner, state):
+    return str(jax.make_jaxpr(learner.run)(state, jnp.int32(1))).count(" cond[")
+
+
+@pytest.mark.parametrize("algorithm", ["dvrl", "rnn"])
+def test_what_is_learned_is_the_same(algorithm, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    by_cpu, start = learner_and_state(algorithm)
+    by_cpu_end = jax.jit(by_cpu.run)(start, jnp.int32(UPDATES))
+    assert conditionals(by_cpu, start) > 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    by_gpu, start = learner_and_state(algorithm)
+    by_gpu_end = jax.jit(by_gpu.run)(start, jnp.int32(UPDATES))
+    assert conditionals(by_gpu, start) == 0
+    for ours, theirs in zip(*map(jax.tree.leaves, (by_gpu_end.params, by_cpu_end.params)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    for first, last in zip(*map(jax.tree.leaves, (start.params, by_gpu_end.params)), strict=True):
+        assert np.any(first != last)
+
+
+def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
+    learner, start = learner_and_state("rnn")
+    broken = start._replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), start.params))
+    end = jax.jit(learner.run)(broken, jnp.int32(1))
+    assert (int(end.skipped), int(end.skipped_in_row)) == (1, 1)
+    for kept in ("params", "batch_stats", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(end, kept), getattr(broken, kept))
+
+
+def test_options(gpu_ways, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compilation, "_is_known", lambda option, value: True)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        kept = {compilation.TUNING: str(tmp_path / "dvrl_jax" / "compiled" / "tuning")}
+        assert compilation.options(tiny_hike("dvrl")) == compilation.GPU_OPTIONS | kept
+        assert compilation.options(tiny_hike("dvrl"), use_cache=False) == compilation.GPU_OPTIONS
+        monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+        assert "xla_gpu_enable_triton_gemm" not in compilation.options(tiny_hike("dvrl"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_xla_knows_the_options(gpu_ways, tmp_path):
+    wanted = compilation.GPU_OPTIONS | {compilation.TUNING: str(tmp_path)}
+    assert all(compilation._is_known(option, value) for option, value in wanted.items())
+
+
+def test_time_when_kernels_overlap_counts_once():
+    spans = [kernels.Span(*x) for x in (("b", 5, 10), ("a", 0, 10), ("c", 6, 2), ("d", 20, 1))]
+    assert kernels.busy(spans) == 16
+    assert kernels.busy([]) == 0
+    assert [kernels.kind(name) for name in ("loop_add_fusion_12", "wrapped_add.3", "gemm<64>")] == [
+        "loop_add_fusion",
+        "wrapped_add",
+        "gemm<64>",
+    ]
+
+
+def test_the_table_of_kernels(capsys):
+    spans = [kernels.Span("add_1", 0, 1e6), kernels.Span("add_2", 2e6, 1e6), kernels.Span("copy", 4e6, 1e6)]
+    kernels.print_table(spans, seconds=0.01, updates=2, top=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("5.00 ms per update")
+    assert "1.50 ms" in lines[1] and "30%" in lines[1]
+    assert lines[2].split() == ["1.000", "ms", "1.0", "times", "add"]
+    assert len(lines) == 3
+
+
+@pytest.mark.skipif(process.NVIDIA_DEVICE.exists(), reason="there may be a GPU")
+def test_kernels_need_a_gpu():
+    command = [sys.executable, "-m", "benchmarks.kernels", "--config=configs/mountain_hike_rnn.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: this needs a GPU; JAX runs on the cpu"
+
+
+@pytest.mark.skipif(not process.NVIDIA_DEVICE.exists(), reason="there is no GPU")
+def test_a_gpu_learns_what_a_cpu_learns():
+    """Products in full precision; otherwise they are TF32."""
+
+    def first_losses(**variables):
+        environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"} | variables
+        root = Path(__file__).parents[1]
+        command = [sys.executable, "-c", FIRST_LOSSES]
+        done = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    (cpu, by_cpu), (gpu, by_gpu) = first_losses(JAX_PLATFORMS="cpu"), first_losses(JAX_PLATFORMS="cuda")
+    assert (cpu, gpu) == ("cpu", "gpu")
+    np.testing.assert_allclose(by_gpu, by_cpu, rtol=1e-5)
