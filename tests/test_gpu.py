@@ -1,4 +1,4 @@
-"""What is done otherwise on a GPU, tried on whatever there is; and, where there is one, that it learns as a CPU does."""
+"""What is done otherwise on a GPU, tried on any machine; and, where there is one, that it learns as a CPU does."""
 
 import json
 import os
