@@ -40,8 +40,8 @@ def options(config, use_cache: bool = True) -> dict[str, str | bool]:
     """
     wanted = {}
     if jax.default_backend() == "gpu":
-        directory = Path(jax.config.jax_compilation_cache_dir or default_cache_directory())
-        wanted = GPU_OPTIONS | ({TUNING: str(directory / "tuning")} if use_cache else {})
+        directory = tuning_directory() if use_cache else None
+        wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
     elif jax.default_backend() == "cpu" and (config.algorithm == "dvrl") != sees_images(config):
         wanted = {OPTION: SUMS_ALONE}
     given = os.environ.get("XLA_FLAGS", "")
@@ -61,6 +61,19 @@ def default_cache_directory() -> Path:
     """The user's cache directory for compiled programs."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "dvrl_jax" / "compiled"
+
+
+def tuning_directory() -> Path | None:
+    """Where XLA keeps what it finds out about the fastest kernels, in the cache; made if it is not there.
+
+    None if that is not possible: XLA would refuse to compile.
+    """
+    directory = Path(jax.config.jax_compilation_cache_dir or default_cache_directory()) / "tuning"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return directory
 
 
 @contextlib.contextmanager

@@ -85,20 +85,31 @@ def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
         jax.tree.map(np.testing.assert_array_equal, getattr(end, kept), getattr(broken, kept))
 
 
-def test_options(gpu_ways, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    monkeypatch.setattr(compilation, "_is_known", lambda option, value: True)
+@pytest.fixture
+def cache_home(monkeypatch, tmp_path):
+    """Programs are cached in here, as far as only the default says where."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        kept = {compilation.TUNING: str(tmp_path / "dvrl_jax" / "compiled" / "tuning")}
-        assert compilation.options(tiny_hike("dvrl")) == compilation.GPU_OPTIONS | kept
-        assert compilation.options(tiny_hike("dvrl"), use_cache=False) == compilation.GPU_OPTIONS
-        monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-        assert "xla_gpu_enable_triton_gemm" not in compilation.options(tiny_hike("dvrl"))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_options(gpu_ways, cache_home, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compilation, "_is_known", lambda option, value: True)
+    directory = cache_home / "dvrl_jax" / "compiled" / "tuning"
+    assert compilation.options(tiny_hike("dvrl"), use_cache=False) == compilation.GPU_OPTIONS
+    assert not directory.exists()
+    assert compilation.options(tiny_hike("dvrl")) == compilation.GPU_OPTIONS | {compilation.TUNING: str(directory)}
+    assert directory.is_dir()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert "xla_gpu_enable_triton_gemm" not in compilation.options(tiny_hike("dvrl"))
+
+
+def test_where_nothing_can_be_kept_training_compiles_without(gpu_ways, cache_home):
+    (cache_home / "dvrl_jax").write_text("no directory")
+    assert compilation.TUNING not in compilation.options(tiny_hike("dvrl"))
 
 
 def test_xla_knows_the_options(gpu_ways, tmp_path):
