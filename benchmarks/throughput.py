@@ -243,7 +243,8 @@ def main() -> int:
         for kind in kinds:
             parts = repeat == 0 and FLAGS.parts
             results[kind].append(run_worker(config, kind, FLAGS.seconds, FLAGS.train_first, parts))
-    print(f"{config.algorithm} on {config.env.name}, {machine()}")
+    device = results["ours"][0]["device"]
+    print(f"{config.algorithm} on {config.env.name}, {machine()}" + (f" and {device}" if device != "cpu" else ""))
     print_table(results)
     speed = {kind: statistics.median(r["steps_per_second"] for r in found) for kind, found in results.items()}
     last = {"ours": speed["ours"]}

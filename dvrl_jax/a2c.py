@@ -294,8 +294,8 @@ def make_learner(config, env: Environment) -> Learner:
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 
-    # A GPU takes all particles at once with as many kernels as a few of them.
     on_gpu = jax.default_backend() == "gpu"
+    # A GPU takes all particles at once with as many kernels as a few of them.
     by_lineages = agent_verbs.has_lineages and not on_gpu
 
     def draw(key: Array) -> Draws:

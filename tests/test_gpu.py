@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
     assert (int(end.skipped), int(end.skipped_in_row)) == (1, 1)
     for kept in ("params", "batch_stats", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(end, kept), getattr(broken, kept))
+
+
+def test_the_program_can_be_written_for_cuda_with_the_emulators_in_it(gpu_ways):
+    """As far as that goes without CUDA: every operation has a form there, and none of them calls Python."""
+    learner, state = learner_and_state(tiny_pong("dvrl"))
+    text = jax.jit(learner.run).trace(state, jnp.int32(1)).lower(lowering_platforms=("cuda",)).as_text()
+    called = re.findall(r"custom_call @(\w+)", text)
+    assert {name.rsplit("_", 1)[1] for name in called} == {"send", "recv"}
 
 
 @pytest.fixture
