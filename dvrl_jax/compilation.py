@@ -13,11 +13,9 @@ from dvrl_jax.config import sees_images
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
-OPTION, SUMS_ALONE = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
-
-
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 # Kernels of a CUDA graph that need nothing of each other run at the same time; and products are cuBLAS's, because XLA's
-# own would each be compiled in many variants to find the fastest (`docs/performance.md`).
+# own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 
@@ -30,7 +28,7 @@ def jit(run: Callable, config, use_cache: bool = True) -> jax.stages.Wrapped:
 def options(config, use_cache: bool = True) -> dict[str, str | bool]:
     """XLA's options for training `config`.
 
-    On a CPU: products by Eigen for DVRL on vectors and the RNN on images. To DVRL on images it is no gain, and to the
+    On a CPU: `CPU_OPTIONS` for DVRL on vectors and the RNN on images. To DVRL on images they are no gain, and to the
     RNN on vectors, which has one thread, a loss.
 
     On a GPU: `GPU_OPTIONS`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
@@ -43,7 +41,7 @@ def options(config, use_cache: bool = True) -> dict[str, str | bool]:
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
     elif jax.default_backend() == "cpu" and (config.algorithm == "dvrl") != sees_images(config):
-        wanted = {OPTION: SUMS_ALONE}
+        wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
 
@@ -66,7 +64,7 @@ def default_cache_directory() -> Path:
 def tuning_directory() -> Path | None:
     """Where XLA keeps what it finds out about the fastest kernels, in the cache; made if it is not there.
 
-    None if that is not possible: XLA would refuse to compile.
+    None if that is not possible.
     """
     directory = Path(jax.config.jax_compilation_cache_dir or default_cache_directory()) / "tuning"
     try:

@@ -40,16 +40,18 @@ def test_products_of_some_models_are_not_given_to_ynnpack(config, by_eigen):
     assert ("ynn_fusion" not in text) == by_eigen
 
 
-@pytest.mark.parametrize(("option", "value"), [("xla_cpu_no_such_option", "1"), (compilation.OPTION, "NO_SUCH_VALUE")])
+OPTION = next(iter(compilation.CPU_OPTIONS))
+
+
+@pytest.mark.parametrize(("option", "value"), [("xla_cpu_no_such_option", "1"), (OPTION, "NO_SUCH_VALUE")])
 def test_an_option_that_xla_does_not_know_is_left_out(option, value, monkeypatch):
-    monkeypatch.setattr(compilation, "OPTION", option)
-    monkeypatch.setattr(compilation, "SUMS_ALONE", value)
+    monkeypatch.setattr(compilation, "CPU_OPTIONS", {option: value})
     assert compilation.options(tiny_hike("dvrl")) == {}
     assert compilation.jit(lambda x, y: x + y, tiny_hike("dvrl"))(jnp.ones(()), 1.0) == 2
 
 
 def test_an_option_that_the_user_has_set_stays(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"--{compilation.OPTION}=LIBRARY_FUSION_TYPE_DOT")
+    monkeypatch.setenv("XLA_FLAGS", f"--{OPTION}=LIBRARY_FUSION_TYPE_DOT")
     assert compilation.options(tiny_hike("dvrl")) == {}
 
 
