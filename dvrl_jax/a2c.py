@@ -439,17 +439,17 @@ def make_learner(config, env: Environment) -> Learner:
         """Adds to `grads` of the weights what comes through what was seen in the first `length` segments.
 
         `seen_grads`, the loss's gradients for that, go back through the encoder as often as it takes: with as many
-        images at once as a segment has (on a GPU, as the window has), but no image twice (see `distinct.py`).
+        images at once as a segment has, but no image twice (see `distinct.py`).
         """
         by_step = lambda x: x.reshape(capacity * num_steps, *x.shape[2:])
         obs, notes = jax.tree.map(by_step, (segments.obs, segments.notes.see))
         distinct = Distinct.of(by_step(segments.blank))
         merged = jax.tree.map(lambda g: distinct.merged(by_step(g)), seen_grads)
-        last, room = length * num_steps, num_envs * num_steps * (capacity if on_gpu else 1)
+        last = length * num_steps
 
         def look(carry):
             step, grads = carry
-            rows, step = distinct.rows(step, last, room)
+            rows, step = distinct.rows(step, last, room=num_envs * num_steps)
             images = rows.of_images(obs.reshape(-1, *obs.shape[2:]))
             grad = jax.tree.map(lambda g: jnp.where(rows.used[:, None], rows.of_images(g), 0.0), merged)
             _, vjp = jax.vjp(lambda p: agent_of(p, batch_stats).see(images, RowPlayer(notes, rows)), params)
