@@ -51,7 +51,7 @@ def report(config, times: list[float], **more: Any) -> dict[str, Any]:
     return {"ms": ms, "steps_per_second": config.num_envs * config.num_steps / ms * 1e3, **more}
 
 
-def measure_ours(config, seconds: float, train_first: int, parts: bool) -> dict[str, Any]:
+def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
     """Speed of the compiled training call after some updates; with `parts`, also of its pieces compiled alone."""
     import jax
     import jax.numpy as jnp
@@ -154,21 +154,23 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
     return parts
 
 
-def measure_torch(config, seconds: float) -> dict[str, Any]:
-    """Speed of the PyTorch peer on a GPU, if there is one and JAX may use it, else on as many threads as cores."""
+def measure_torch(config, seconds: float, on_gpu: bool) -> dict[str, Any]:
+    """Speed of the PyTorch peer, on a GPU or on as many threads as there are cores.
+
+    Raises:
+        RuntimeError: PyTorch has no GPU.
+    """
     import torch
 
     from benchmarks.torch_dvrl import make_trainer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     if on_gpu:
-        torch.set_default_device("cuda")
         torch.backends.cudnn.benchmark = True
         in_full = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION") in ("float32", "highest")
         torch.set_float32_matmul_precision("highest" if in_full else "high")  # As JAX does.
         torch.backends.cudnn.allow_tf32 = not in_full
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, "cuda" if on_gpu else "cpu")
 
     def run_window():
         for _ in range(config.bptt_segments):
@@ -178,17 +180,18 @@ def measure_torch(config, seconds: float) -> dict[str, Any]:
     times = timed_windows(run_window, seconds)
     memory_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
     on = torch.cuda.get_device_name() if on_gpu else "cpu"
-    return report(config, times, memory_mb=memory_mb, device=f"torch {torch.__version__} on {on}")
+    return report(config, times, memory_mb=memory_mb, device=f"{on}, torch {torch.__version__}")
 
 
-def run_worker(config, kind: str, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
+def run_worker(config, kind: str, seconds: float, **more: Any) -> dict[str, Any]:
     """Measures in a process of its own; the configuration goes there as JSON.
+
+    More settings: of ours `train_first` and `parts`, of PyTorch `on_gpu`.
 
     Raises:
         RuntimeError: the process failed; its messages come first.
     """
-    job = {"fields": config_lib.flatten(config), "kind": kind, "seconds": seconds}
-    job |= {"train_first": train_first, "parts": parts}
+    job = {"fields": config_lib.flatten(config), "kind": kind, "settings": {"seconds": seconds} | more}
     command = [sys.executable, "-m", "benchmarks.throughput"]
     environment = os.environ | {"DVRL_JAX_BENCHMARK": json.dumps(job)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -201,9 +204,9 @@ def work(job: dict[str, Any]) -> None:
     config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
     if job["kind"] == "ours":
         process.prepare(config)  # As `train.py` does.
-        result = measure_ours(config, job["seconds"], job["train_first"], job["parts"])
+        result = measure_ours(config, **job["settings"])
     else:
-        result = measure_torch(config, job["seconds"])
+        result = measure_torch(config, **job["settings"])
     print(json.dumps(result))
 
 
@@ -240,11 +243,14 @@ def main() -> int:
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):
-        for kind in kinds:
-            parts = repeat == 0 and FLAGS.parts
-            results[kind].append(run_worker(config, kind, FLAGS.seconds, FLAGS.train_first, parts))
-    device = results["ours"][0]["device"]
-    print(f"{config.algorithm} on {config.env.name}, {machine()}" + (f" and {device}" if device != "cpu" else ""))
+        ours = {"train_first": FLAGS.train_first, "parts": repeat == 0 and FLAGS.parts}
+        results["ours"].append(run_worker(config, "ours", FLAGS.seconds, **ours))
+        if FLAGS.compare:
+            on_gpu = results["ours"][0]["device"] != "cpu"
+            results[FLAGS.compare].append(run_worker(config, FLAGS.compare, FLAGS.seconds, on_gpu=on_gpu))
+    print(f"{config.algorithm} on {config.env.name}, {machine()}")
+    for kind in kinds:
+        print(f"{kind}: on {results[kind][0]['device']}")
     print_table(results)
     speed = {kind: statistics.median(r["steps_per_second"] for r in found) for kind, found in results.items()}
     last = {"ours": speed["ours"]}

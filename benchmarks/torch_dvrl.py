@@ -64,6 +64,8 @@ def decoder(sizes):
 class Sizes:
     """Every size and coefficient of a run, from a golden file's description or from one of our configurations."""
 
+    device = "cpu"
+
     def __init__(self, **fields):
         self.__dict__.update(fields)
 
@@ -134,7 +136,7 @@ class RNN(Agent):
         self.gru = nn.GRUCell(inputs + sizes.action_encoding, sizes.h_dim)
 
     def initial(self, num_envs):
-        return {"h": torch.zeros(num_envs, self.sizes.h_dim)}
+        return {"h": torch.zeros(num_envs, self.sizes.h_dim, device=self.sizes.device)}
 
     def draw(self, num_envs):
         return None
@@ -144,7 +146,7 @@ class RNN(Agent):
         del draws
         phi = torch.cat([self.encoder(obs).flatten(1), self.action_encoder(prev_action)], -1)
         h = self.gru(phi, belief["h"])
-        return {"h": h}, h, torch.zeros(len(obs))
+        return {"h": h}, h, torch.zeros(len(obs), device=obs.device)
 
 
 def normal_log_prob(x, mean, var):
@@ -174,17 +176,19 @@ class DVRL(Agent):
 
     def initial(self, num_envs):
         k, s = self.sizes.num_particles, self.sizes
-        return {"h": torch.zeros(num_envs, k, s.h_dim), "log_weight": torch.zeros(num_envs, k)}
+        zeros = lambda *size: torch.zeros(num_envs, k, *size, device=s.device)
+        return {"h": zeros(s.h_dim), "log_weight": zeros()}
 
     def draw(self, num_envs):
         s = self.sizes
-        return torch.rand(num_envs, 1), torch.randn(num_envs, s.num_particles, s.z_dim)
+        eps = torch.randn(num_envs, s.num_particles, s.z_dim, device=s.device)
+        return torch.rand(num_envs, 1, device=s.device), eps
 
     def resample(self, belief, u):
         k = self.sizes.num_particles
         cumulative = F.softmax(belief["log_weight"].detach(), -1).cumsum(-1)
         cumulative = cumulative / cumulative[:, -1:]
-        positions = ((u + torch.arange(k)) / k).clamp(max=1 - 1e-7)
+        positions = ((u + torch.arange(k, device=u.device)) / k).clamp(max=1 - 1e-7)
         ancestors = torch.searchsorted(cumulative, positions, right=True)
         return belief["h"].gather(1, ancestors[..., None].expand(-1, -1, self.sizes.h_dim))
 
@@ -253,7 +257,8 @@ class Trainer:
     """Updates of one run; `update()` acts for a segment and changes the weights once."""
 
     def __init__(self, sizes, env, learning_rate, num_steps, window):
-        self.agent, self.env, self.num_steps, self.window = make_agent(sizes), env, num_steps, window
+        self.agent, self.env = make_agent(sizes).to(sizes.device), env
+        self.num_steps, self.window = num_steps, window
         self.params = list(self.agent.parameters())
         # The optimiser works on aliases: in-place changes through them are not seen by the graph's version check.
         self.aliases = [nn.Parameter(p.data) for p in self.params]
@@ -297,39 +302,38 @@ class Trainer:
 # --- Environments ----------------------------------------------------------------------------------------------------
 
 
-def to_device(x):
-    """A NumPy array as a tensor on PyTorch's default device."""
-    return torch.from_numpy(x).to(torch.get_default_device())
-
-
 class Atari:
     """Flickering games on EnvPool's Python interface; the call after a `done` is no transition."""
 
-    def __init__(self, config):
+    def __init__(self, config, device):
         from dvrl_jax.envs.atari import make_pool
 
-        self.num_envs, self.p_blank = config.num_envs, config.env.p_blank
+        self.num_envs, self.p_blank, self.device = config.num_envs, config.env.p_blank, device
         self.pool = make_pool(config.env.name, config.num_envs, config.seed, config.env.frame_skip)
         self.num_actions, self.action_dim = int(self.pool.action_space.n), None
         self.obs_shape = (1, 84, 84)
         self.was_done = np.zeros(self.num_envs, bool)
 
     def first_action(self):
-        return F.one_hot(torch.zeros(self.num_envs, dtype=torch.long), self.num_actions).float()
+        noop = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        return F.one_hot(noop, self.num_actions).float()
 
     def reset(self):
         return self._observe(self.pool.reset()[0])
 
     def _observe(self, frames):
-        seen = (torch.rand(self.num_envs) >= self.p_blank).float().view(-1, 1, 1, 1)
-        return to_device(frames).float() / 255 * seen
+        seen = (torch.rand(self.num_envs, device=self.device) >= self.p_blank).float().view(-1, 1, 1, 1)
+        return self._send(frames).float() / 255 * seen
+
+    def _send(self, x):
+        return torch.from_numpy(x).to(self.device)
 
     def step(self, action):
         """Returns (obs, reward [B], not_done [B], keep [B]: belief goes on, transition [B])."""
         frames, reward, terminated, truncated, _ = self.pool.step(action[:, 0].cpu().numpy().astype(np.int32))
         late, done = self.was_done, terminated | truncated
         self.was_done = done
-        number = lambda x: to_device(np.asarray(x, np.float32))
+        number = lambda x: self._send(np.asarray(x, np.float32))
         reward = np.where(late, 0, reward)
         return self._observe(frames), number(reward), number(~(done & ~late)), number(~(done | late)), number(~late)
 
@@ -339,19 +343,22 @@ class MountainHike:
 
     num_actions, action_dim, obs_shape = None, 2, (2,)
 
-    def __init__(self, config):
-        self.num_envs, self.std = config.num_envs, config.env.observation_std
+    def __init__(self, config, device):
+        self.num_envs, self.std, self.device = config.num_envs, config.env.observation_std, device
         ridge = [(0.5, 0.5, 0.75, 0.1, 1.0), (0.0, 0.2, 0.1, 0.75, 0.8), (-0.375, -0.5, 0.75, 0.1, 0.55)]
-        self.ridge = torch.tensor(ridge)
+        self.ridge = torch.tensor(ridge, device=device)
 
     def first_action(self):
-        return torch.zeros(self.num_envs, 2)
+        return torch.zeros(self.num_envs, 2, device=self.device)
+
+    def noise(self):
+        return torch.randn(self.num_envs, 2, device=self.device)
 
     def start(self):
-        return torch.tensor([-0.85, -0.85]) + 0.1 * torch.randn(self.num_envs, 2)
+        return -0.85 + 0.1 * self.noise()
 
     def observe(self):
-        return 10 * (self.position + self.std * torch.randn(self.num_envs, 2))
+        return 10 * (self.position + self.std * self.noise())
 
     def reset(self):
         self.position, self.time = self.start(), 0
@@ -360,27 +367,28 @@ class MountainHike:
     def step(self, action):
         length = action.norm(dim=-1, keepdim=True)
         move = action * (0.05 / length.clamp(min=0.05))
-        self.position = self.position + move + 0.025 * torch.randn(self.num_envs, 2)
+        self.position = self.position + move + 0.025 * self.noise()
         mean, std, factor = self.ridge[:, :2], self.ridge[:, 2:4], self.ridge[:, 4]
         deviation = (self.position[:, None] - mean) / std
         density = torch.exp(-0.5 * (deviation**2).sum(-1)) / (2 * np.pi * std.prod(-1))
         height = (factor * density / 3).max(-1).values
         reward = 4 * (1 - (1 - height) ** 4) - 4.5 + self.position.sum(-1) / 4
-        reward = torch.where((self.position.abs() <= 1).all(-1), reward, torch.tensor(-6.0)) - 0.1 * length[:, 0]
+        reward = torch.where((self.position.abs() <= 1).all(-1), reward, -6.0) - 0.1 * length[:, 0]
         self.time += 1
         done = self.time == 75
-        ones = torch.ones(self.num_envs)
+        ones = torch.ones(self.num_envs, device=self.device)
         not_done = ones * (not done)
         if done:
             self.position, self.time = self.start(), 0
         return self.observe(), reward, not_done, not_done, ones
 
 
-def make_trainer(config) -> Trainer:
-    """The peer of one of our configurations."""
-    env = (MountainHike if config.env.name == "MountainHike" else Atari)(config)
+def make_trainer(config, device: str = "cpu") -> Trainer:
+    """The peer of one of our configurations, on one of PyTorch's devices."""
+    env = (MountainHike if config.env.name == "MountainHike" else Atari)(config, device)
     m, c = config.model, config.loss
     sizes = Sizes(
+        device=device,
         algorithm=config.algorithm,
         obs_shape=env.obs_shape,
         num_particles=m.num_particles,

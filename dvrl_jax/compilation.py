@@ -64,9 +64,12 @@ def default_cache_directory() -> Path:
 def tuning_directory() -> Path | None:
     """Where XLA keeps what it finds out about the fastest kernels, in the cache; made if it is not there.
 
-    None if that is not possible.
+    None if that is not possible, or if the cache is elsewhere (gs://...).
     """
-    directory = Path(jax.config.jax_compilation_cache_dir or default_cache_directory()) / "tuning"
+    cache = str(jax.config.jax_compilation_cache_dir or default_cache_directory())
+    if "://" in cache:
+        return None
+    directory = Path(cache) / "tuning"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 from pathlib import Path
 
 from dvrl_jax.config import sees_images
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # One of them comes with jax[cuda12] or jax[cuda13].
 
 # Options of glibc's mallopt: its number for each and the value, by the environment variable that sets the same.
 HEAP_OPTIONS = {
@@ -39,8 +41,10 @@ def settle(config) -> None:
 
 
 def may_use_gpu() -> bool:
-    """Whether there is an NVIDIA GPU that JAX may take. JAX itself cannot be asked before its threads are settled."""
-    return NVIDIA_DEVICE.exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
+    """Whether JAX will take an NVIDIA GPU. JAX itself cannot be asked before its threads are settled."""
+    allowed = os.environ.get("JAX_PLATFORMS", "").split(",")[0] in ("", "cuda", "gpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+    return NVIDIA_DEVICE.exists() and allowed and visible and any(map(importlib.util.find_spec, CUDA_PLUGINS))
 
 
 def spare_threads() -> None:

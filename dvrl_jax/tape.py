@@ -40,8 +40,9 @@ SOFTPLUS = Curve(jax.nn.softplus, lambda y: -jnp.expm1(-y))
 
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
     """`lax.scan`, on a GPU with steps written out one after the other: there the loop costs more than its steps."""
-    unroll = MOST_UNROLLED_ON_GPU if jax.default_backend() == "gpu" else 1
-    return jax.lax.scan(step, init, xs, unroll=min(unroll, len(jax.tree.leaves(xs)[0])))
+    length = len(jax.tree.leaves(xs)[0])
+    most = MOST_UNROLLED_ON_GPU if jax.default_backend() == "gpu" else 1
+    return jax.lax.scan(step, init, xs, unroll=max(n for n in range(1, most + 1) if length % n == 0))
 
 
 class Tape:

@@ -11,6 +11,9 @@ gc.set_threshold(100_000, 50, 100)
 
 # Set before JAX is imported. The workers of pytest-xdist, and processes started by tests, inherit all this.
 if "PYTEST_XDIST_WORKER" not in os.environ:
+    # On a GPU: products as exact as a CPU's, and workers that share its memory.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Programs that several tests need are compiled once.
     _cache = tempfile.TemporaryDirectory(prefix="dvrl_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

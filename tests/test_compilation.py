@@ -45,12 +45,14 @@ OPTION = next(iter(compilation.CPU_OPTIONS))
 
 @pytest.mark.parametrize(("option", "value"), [("xla_cpu_no_such_option", "1"), (OPTION, "NO_SUCH_VALUE")])
 def test_an_option_that_xla_does_not_know_is_left_out(option, value, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(compilation, "CPU_OPTIONS", {option: value})
     assert compilation.options(tiny_hike("dvrl")) == {}
     assert compilation.jit(lambda x, y: x + y, tiny_hike("dvrl"))(jnp.ones(()), 1.0) == 2
 
 
 def test_an_option_that_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("XLA_FLAGS", f"--{OPTION}=LIBRARY_FUSION_TYPE_DOT")
     assert compilation.options(tiny_hike("dvrl")) == {}
 

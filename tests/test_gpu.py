@@ -15,7 +15,7 @@ import pytest
 from benchmarks import kernels
 from dvrl_jax import a2c, compilation, envs, process
 from dvrl_jax import config as config_lib
-from tests.tiny import tiny_hike
+from tests.tiny import tiny_hike, tiny_pong
 
 UPDATES = 7  # More than a window and less than two.
 
@@ -23,13 +23,14 @@ FIRST_LOSSES = f"""
 import json
 import jax
 import jax.numpy as jnp
-from dvrl_jax import a2c, envs
+from dvrl_jax import a2c, compilation, envs
 from dvrl_jax import config as config_lib
 from tests.tiny import tiny_hike
 
 config = config_lib.finalise(tiny_hike("dvrl"))
 learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
-run, state, losses = jax.jit(learner.run), learner.init(jax.random.PRNGKey(0)), []
+run, losses = compilation.jit(learner.run, config, use_cache=False), []
+state = learner.init(jax.random.PRNGKey(0))
 for _ in range({UPDATES}):
     state = run(state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)), jnp.int32(1))
     losses.append(state.metrics.means()["loss.total"])
@@ -43,26 +44,30 @@ def gpu_ways(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-def learner_and_state(algorithm):
-    config = config_lib.finalise(tiny_hike(algorithm))
+def learner_and_state(config):
+    config = config_lib.finalise(config)
     learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
     return learner, learner.init(jax.random.PRNGKey(0))
 
 
-def conditionals(learner, state):
-    return str(jax.make_jaxpr(learner.run)(state, jnp.int32(1))).count(" cond[")
+def operations(learner, state):
+    """The program for one update, operation by operation."""
+    return str(jax.make_jaxpr(learner.run)(state, jnp.int32(1)))
 
 
 @pytest.mark.parametrize("algorithm", ["dvrl", "rnn"])
 def test_what_is_learned_is_the_same(algorithm, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    by_cpu, start = learner_and_state(algorithm)
+    by_cpu, start = learner_and_state(tiny_hike(algorithm))
     by_cpu_end = jax.jit(by_cpu.run)(start, jnp.int32(UPDATES))
-    assert conditionals(by_cpu, start) > 0
+    cpu_operations = operations(by_cpu, start)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    by_gpu, start = learner_and_state(algorithm)
+    by_gpu, start = learner_and_state(tiny_hike(algorithm))
     by_gpu_end = jax.jit(by_gpu.run)(start, jnp.int32(UPDATES))
-    assert conditionals(by_gpu, start) == 0
+    gpu_operations = operations(by_gpu, start)
+    assert [" cond[" in each for each in (cpu_operations, gpu_operations)] == [True, False]
+    unrolled = "unroll=3"  # As many as there are particles.
+    assert [unrolled in each for each in (cpu_operations, gpu_operations)] == [False, algorithm == "dvrl"]
     for ours, theirs in zip(*map(jax.tree.leaves, (by_gpu_end.params, by_cpu_end.params)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
     for first, last in zip(*map(jax.tree.leaves, (start.params, by_gpu_end.params)), strict=True):
@@ -70,7 +75,7 @@ def test_what_is_learned_is_the_same(algorithm, monkeypatch):
 
 
 def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
-    learner, start = learner_and_state("rnn")
+    learner, start = learner_and_state(tiny_hike("rnn"))
     broken = start._replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), start.params))
     end = jax.jit(learner.run)(broken, jnp.int32(1))
     assert (int(end.skipped), int(end.skipped_in_row)) == (1, 1)
@@ -108,7 +113,8 @@ def test_options(gpu_ways, cache_home, monkeypatch):
     assert "xla_gpu_enable_triton_gemm" not in compilation.options(tiny_hike("dvrl"))
 
 
-def test_where_nothing_can_be_kept_training_compiles_without(gpu_ways, cache_home):
+def test_where_nothing_can_be_kept_training_compiles_without(gpu_ways, cache_home, monkeypatch):
+    monkeypatch.setattr(compilation, "_is_known", lambda option, value: True)
     (cache_home / "dvrl_jax").write_text("no directory")
     assert compilation.TUNING not in compilation.options(tiny_hike("dvrl"))
 
@@ -139,15 +145,15 @@ def test_the_table_of_kernels(capsys):
     assert len(lines) == 3
 
 
-@pytest.mark.skipif(process.NVIDIA_DEVICE.exists(), reason="there may be a GPU")
 def test_kernels_need_a_gpu():
     command = [sys.executable, "-m", "benchmarks.kernels", "--config=configs/mountain_hike_rnn.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: this needs a GPU; JAX runs on the cpu"
 
 
-@pytest.mark.skipif(not process.NVIDIA_DEVICE.exists(), reason="there is no GPU")
+@pytest.mark.skipif(not process.may_use_gpu(), reason="there is no GPU")
 def test_a_gpu_learns_what_a_cpu_learns():
     """Products in full precision; otherwise they are TF32."""
 

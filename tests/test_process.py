@@ -31,17 +31,25 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, has_gpu, e
 
 
 @pytest.mark.parametrize(
-    ("is_there", "platforms", "may"),
-    [(True, None, True), (True, "cpu", False), (True, "cuda", True), (False, None, False)],
+    ("plugin", "variables", "may"),
+    [
+        ("json", {}, True),
+        ("json", {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "1"}, True),
+        ("json", {"JAX_PLATFORMS": "cpu"}, False),
+        ("json", {"JAX_PLATFORMS": "cpu,cuda"}, False),
+        ("json", {"CUDA_VISIBLE_DEVICES": ""}, False),
+        ("no_such_plugin", {}, False),
+    ],
 )
-def test_a_gpu_may_be_used_if_it_is_there_and_not_forbidden(is_there, platforms, may, monkeypatch, tmp_path):
-    device = tmp_path / "nvidiactl"
-    if is_there:
-        device.touch()
-    monkeypatch.setattr(process, "NVIDIA_DEVICE", device)
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    if platforms is not None:
-        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+def test_a_gpu_is_used_if_it_is_there_and_jax_can_and_may(plugin, variables, may, monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "NVIDIA_DEVICE", tmp_path / "nvidiactl")
+    monkeypatch.setattr(process, "CUDA_PLUGINS", ("no_such_plugin_either", plugin))
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not process.may_use_gpu()
+    process.NVIDIA_DEVICE.touch()
     assert process.may_use_gpu() == may
 
 
