@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import matplotlib
-import ml_collections
 from absl import flags
 
 from benchmarks.throughput import machine, run_worker
@@ -74,10 +73,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main() -> int:
-    config, _ = command_line.config_and_overrides()
-    if config is None:
-        raise config_lib.ConfigError("--config: must name a configuration file")
-    found = measure(config_lib.finalise(ml_collections.ConfigDict(config)), FLAGS.seconds)
+    found = measure(command_line.required_config(), FLAGS.seconds)
     Path(f"{FLAGS.out}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, Path(f"{FLAGS.out}.png"))
     print(machine())

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_collections
 from absl import flags
 
+from benchmarks.throughput import make_program
 from configs import default
 from dvrl_jax import command_line, process
 from dvrl_jax import config as config_lib
@@ -79,24 +79,17 @@ def print_table(spans: list[Span], seconds: float, updates: int, top: int) -> No
 
 
 def main() -> int:
-    config, _ = command_line.config_and_overrides()
-    if config is None:
-        raise config_lib.ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
-    config = config_lib.finalise(ml_collections.ConfigDict(config))
+    config = command_line.required_config()
     process.prepare(config)
 
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c, compilation, envs
-
     if jax.default_backend() != "gpu":
         raise config_lib.ConfigError(f"this needs a GPU; JAX runs on the {jax.default_backend()}")
-    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, config.seed))
-    state = learner.init(jax.random.PRNGKey(config.seed))
-    program = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
-    run = lambda state: jax.block_until_ready(program(state, jnp.int32(FLAGS.updates)))
-    state = run(state)
+    program = make_program(config)
+    run = lambda state: jax.block_until_ready(program.run(state, jnp.int32(FLAGS.updates)))
+    state = run(program.state)
     began = time.perf_counter()
     state = run(state)
     seconds = time.perf_counter() - began

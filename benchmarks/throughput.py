@@ -18,9 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_collections
 from absl import flags
 
 from configs import default
@@ -51,8 +50,19 @@ def report(config, times: list[float], **more: Any) -> dict[str, Any]:
     return {"ms": ms, "steps_per_second": config.num_envs * config.num_steps / ms * 1e3, **more}
 
 
-def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
-    """Speed of the compiled training call after some updates; with `parts`, also of its pieces compiled alone."""
+class Program(NamedTuple):
+    """Training ready to run: `run` takes a state and a number of updates; `setup` and `compile` are seconds."""
+
+    env: Any
+    learner: Any
+    state: Any
+    run: Callable[[Any, Any], Any]
+    setup: float
+    compile: float
+
+
+def make_program(config) -> Program:
+    """Compiles the call that `train.py` makes, and settles the process as that does."""
     import jax
     import jax.numpy as jnp
 
@@ -64,13 +74,23 @@ def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = Fal
     state = learner.init(jax.random.PRNGKey(config.seed))
     setup = time.perf_counter() - began
     began = time.perf_counter()
-    program = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
+    run = compilation.jit(learner.run, config).lower(state, jnp.int32(1)).compile()
     compile_time = time.perf_counter() - began
     process.settle(config)
+    return Program(env, learner, state, run, setup, compile_time)
+
+
+def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
+    """Speed of the compiled training call after some updates; with `parts`, also of its pieces compiled alone."""
+    import jax
+    import jax.numpy as jnp
+
+    program = make_program(config)
+    state = program.state
 
     def run_windows(count):
         nonlocal state
-        state = jax.block_until_ready(program(state, jnp.int32(count * config.bptt_segments)))
+        state = jax.block_until_ready(program.run(state, jnp.int32(count * config.bptt_segments)))
 
     run_windows(train_first // config.bptt_segments)
     began = time.perf_counter()
@@ -78,12 +98,12 @@ def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = Fal
     warm_up = time.perf_counter() - began
     count = max(1, min(int(seconds / 3 / warm_up), config.log.interval // config.bptt_segments))
     times = [call / count for call in timed_windows(lambda: run_windows(count), seconds)]
-    result = report(config, times, compile=compile_time, setup=setup)
+    result = report(config, times, compile=program.compile, setup=program.setup)
     result["device"] = jax.devices()[0].device_kind
     stats = jax.devices()[0].memory_stats()
     result["memory_mb"] = stats["peak_bytes_in_use"] / 2**20 if stats else peak_memory_mb()
     if parts:
-        result["parts"] = measure_parts(config, env, learner, state, result["ms"])
+        result["parts"] = measure_parts(config, program.env, program.learner, state, result["ms"])
     return result
 
 
@@ -236,10 +256,7 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    config, _ = command_line.config_and_overrides()
-    if config is None:
-        raise config_lib.ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
-    config = config_lib.finalise(ml_collections.ConfigDict(config))
+    config = command_line.required_config()
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):

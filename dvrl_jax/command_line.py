@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax.config import ConfigError, check_fields
+from dvrl_jax.config import ConfigError, check_fields, finalise
 from dvrl_jax.runs import RunError
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
@@ -28,6 +28,18 @@ def config_and_overrides():
     if FLAGS.config is None:
         return None, {}
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
+
+
+def required_config() -> ConfigDict:
+    """The configuration given on the command line, finalised.
+
+    Raises:
+        ConfigError: there is none, or its values are impossible.
+    """
+    config, _ = config_and_overrides()
+    if config is None:
+        raise ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
+    return finalise(ConfigDict(config))
 
 
 def run(main: Callable[[], int], default: ConfigDict) -> None:

@@ -19,24 +19,6 @@ from tests.tiny import tiny_hike, tiny_pong
 
 UPDATES = 7  # More than a window and less than two.
 
-FIRST_LOSSES = f"""
-import json
-import jax
-import jax.numpy as jnp
-from dvrl_jax import a2c, compilation, envs
-from dvrl_jax import config as config_lib
-from tests.tiny import tiny_hike
-
-config = config_lib.finalise(tiny_hike("dvrl"))
-learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
-run, losses = compilation.jit(learner.run, config, use_cache=False), []
-state = learner.init(jax.random.PRNGKey(0))
-for _ in range({UPDATES}):
-    state = run(state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)), jnp.int32(1))
-    losses.append(state.metrics.means()["loss.total"])
-print(json.dumps([jax.default_backend(), losses]))
-"""
-
 
 @pytest.fixture
 def gpu_ways(monkeypatch):
@@ -48,6 +30,17 @@ def learner_and_state(config):
     config = config_lib.finalise(config)
     learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
     return learner, learner.init(jax.random.PRNGKey(0))
+
+
+def print_first_losses():
+    """For a process of its own: what JAX runs on, and the losses of the first updates, as JSON."""
+    config = tiny_hike("dvrl")
+    learner, state = learner_and_state(config)
+    run, losses = compilation.jit(learner.run, config, use_cache=False), []
+    for _ in range(UPDATES):
+        state = run(state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)), jnp.int32(1))
+        losses.append(state.metrics.means()["loss.total"])
+    print(json.dumps([jax.default_backend(), losses]))
 
 
 def operations(learner, state):
@@ -160,7 +153,7 @@ def test_a_gpu_learns_what_a_cpu_learns():
     def first_losses(**variables):
         environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"} | variables
         root = Path(__file__).parents[1]
-        command = [sys.executable, "-c", FIRST_LOSSES]
+        command = [sys.executable, "-c", "from tests import test_gpu; test_gpu.print_first_losses()"]
         done = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
