@@ -78,7 +78,7 @@ def our_gradient(golden: Golden, noise: dict[str, np.ndarray]) -> nnx.State:
     actor = state.actor._replace(fresh=jnp.zeros_like(state.actor.fresh), prev_action=prev_action)
     _, outcome = gradient(state.params, state.batch_stats, actor, state.window, golden.draws(0))
     rollout = outcome.rollout
-    window = learner.push(state.window, rollout.segment)
+    window = state.window.push(rollout.segment)
     changed = {name: x + noise[name] if name in noise else x for name, x in golden.params("param/").items()}
     from_original(golden.agent, changed)
     params = nnx.state(golden.agent, nnx.Param)

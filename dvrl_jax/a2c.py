@@ -1,14 +1,10 @@
-"""Advantage actor-critic with truncated backpropagation through time: the whole hot loop.
+"""Advantage actor-critic: the losses, and the whole hot loop.
 
-A *segment* is `num_steps` environment steps followed by one update of the weights. A *window* is `bptt_segments`
-segments. The i-th update of a window sends its gradient back through its own segment and then through the i earlier
-segments of the window, under the current weights. The recurrent state is detached where a window starts.
-
-An update first *acts* for a segment, without gradients, and keeps what was computed on the way. Then it *learns*: the
-encoder and the recurrence of the segment run once more, then what each step foresaw and chose, and this is what is
-differentiated (see `tape.py` for why the second pass is nearly free). The gradient goes back in time through the
-recurrence of one segment after the other, and last, for all of them, through the encoder, where no step depends on
-another.
+A *segment* is `num_steps` environment steps followed by one update of the weights. An update first *acts* for a
+segment, without gradients, and keeps what was computed on the way. Then it *learns*: the encoder and the recurrence of
+the segment run once more, then what each step foresaw and chose, and this is what is differentiated (see `tape.py` for
+why the second pass is nearly free). From the beginning of the segment the gradient goes on through the earlier ones of
+the window (`bptt.py`).
 
 `make_learner` returns the pure functions that training consists of. Everything between two log lines, the
 environments included, is one call of `Learner.run`.
@@ -23,19 +19,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax import lineages
-from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind
-from dvrl_jax.distinct import Distinct, is_blank
+from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Tapes, UpdateInfo, bind
+from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
+from dvrl_jax.distinct import is_blank
 from dvrl_jax.envs.base import Environment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
-from dvrl_jax.tape import Player, Recorder, RowPlayer
+from dvrl_jax.tape import Player, Recorder
 
 Array = jax.Array
-
-# Loops over the steps of a segment are unrolled up to this length. What a step leaves for learning then stays where it
-# was computed, instead of being copied into arrays over all steps and back.
-MOST_UNROLLED = 8
-
 
 # --- Returns, losses, optimiser: the mathematics ---------------------------------------------------------------------
 
@@ -106,42 +97,6 @@ def make_optimizer(config) -> optax.GradientTransformation:
 
 
 # --- State -----------------------------------------------------------------------------------------------------------
-
-
-class Notes(NamedTuple):
-    """What the layers computed in T steps, by tape (see `agents.Tapes`): tuples of arrays [T, ...]."""
-
-    see: tuple
-    add_action: tuple
-    transition: tuple
-    weigh: tuple
-    summarise: tuple
-
-
-class Segment(NamedTuple):
-    """What unrolling a segment's recurrence again takes.
-
-    Attributes:
-        h: [T, B, ...] recurrent state before each step.
-        obs: [T, B, ...]. blank: [T, B], which are all zeros. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of
-        [T, B, ...].
-        notes: what encoder and recurrence computed; the others are empty.
-    """
-
-    h: Array
-    obs: Array
-    blank: Array
-    prev_action: Array
-    fresh: Array
-    trace: Any
-    notes: Notes
-
-
-class Window(NamedTuple):
-    """The segments of the window, on a leading axis of `bptt_segments`; the first `length` are filled."""
-
-    segments: Segment
-    length: Array
 
 
 class Actor(NamedTuple):
@@ -237,12 +192,11 @@ class Learner(NamedTuple):
     run: Callable[[TrainState, Array], TrainState]
     roll_out: Callable[..., Rollout]
     gradient: Callable[..., tuple[nnx.State, Outcome]]
-    push: Callable[[Window, Segment], Window]
     draw: Callable[[Array], Draws]
     graphdef: nnx.GraphDef
 
 
-# --- The loop --------------------------------------------------------------------------------------------------------
+# --- Steps of the loop that need no configuration ---------------------------------------------------------------------
 
 
 def make_agent(config, env: Environment, key: Array) -> Agent:
@@ -270,9 +224,44 @@ def observe(agent: Agent, actor: Actor, draws: Any, tapes: Tapes = NO_TAPES) -> 
     return belief, info, prev_action
 
 
+def choose(condition: Array, yes: Any, no: Any) -> Any:
+    """The first of two pytrees where the condition [] holds, else the second."""
+    if jax.default_backend() == "gpu":
+        # A conditional would wait until the processor, which launches its code, knows the condition.
+        condition = jax.lax.optimization_barrier(condition)
+        return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
+    # On a CPU a choice per array would repeat all that the condition takes in each one's code.
+    return jax.lax.cond(condition, lambda: yes, lambda: no)
+
+
 def all_finite(tree: Any) -> Array:
     """Whether every number in a tree of arrays is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def recover(actor: Actor, skipped: Array) -> Actor:
+    """After a skipped update: belief and previous action start anew where they hold a number that is not finite.
+
+    After a good one, a log weight of -inf is a weight of 0 and stays.
+    """
+    memory = (actor.belief, actor.prev_action)
+    broken = skipped & ~jax.vmap(all_finite)(memory)
+    belief, prev_action = Agent.restart(memory, broken)
+    return Actor(actor.env, belief, prev_action, actor.fresh | broken)
+
+
+def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
+    """The metrics of one update, by the names under which they are logged."""
+    steps, env = outcome.steps, outcome.rollout.env
+    mask = env.transition
+    measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
+    measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
+    measured["obs.avg_nr_observed"] = masked_mean(env.observed.astype(jnp.float32), mask)
+    measured["gradient.norm"] = optax.tree.norm(grads)
+    return measured
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
 
 
 def make_learner(config, env: Environment) -> Learner:
@@ -283,8 +272,6 @@ def make_learner(config, env: Environment) -> Learner:
     a segment, `gradient` is the gradient across the window, and `draw` makes a segment's randomness.
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
-    capacity = config.bptt_segments
-    unroll = min(num_steps, MOST_UNROLLED)
     optimizer = make_optimizer(config.optimizer)
     abstract_agent = nnx.eval_shape(lambda: make_agent(config, env, jax.random.key(0)))
     graphdef, _, _ = nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)
@@ -294,9 +281,11 @@ def make_learner(config, env: Environment) -> Learner:
 
     agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
 
-    on_gpu = jax.default_backend() == "gpu"
     # A GPU takes all particles at once with as many kernels as a few of them.
-    by_lineages = agent_verbs.has_lineages and not on_gpu
+    by_lineages = agent_verbs.has_lineages and jax.default_backend() != "gpu"
+
+    def replay_with(batch_stats: nnx.State) -> Replay:
+        return Replay(lambda params: agent_of(params, batch_stats), by_lineages)
 
     def draw(key: Array) -> Draws:
         belief_key, action_key = jax.random.split(key)
@@ -324,36 +313,14 @@ def make_learner(config, env: Environment) -> Learner:
     def roll_out(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Draws) -> Rollout:
         """Acts for one segment; no gradient is taken of this."""
         step_draws = draws._replace(belief=jax.tree.map(lambda x: x[:-1], draws.belief))
-        (end, batch_stats), (kept, *rest) = jax.lax.scan(
-            lambda carry, x: act(params, carry, x), (actor, batch_stats), step_draws, unroll=unroll
+        (end, batch_stats), (kept, *rest) = over_steps(
+            lambda carry, x: act(params, carry, x), (actor, batch_stats), step_draws
         )
         # The value of the latest observation, by one more belief update that leaves no trace.
         agent = agent_of(params, batch_stats)
         belief, _, _ = observe(agent, end, jax.tree.map(lambda x: x[-1], draws.belief))
         bootstrap = agent.value(agent.policy_features(belief))
         return Rollout(end, batch_stats, Segment(*kept), *rest, bootstrap)
-
-    def recur(params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, segment: Segment) -> tuple[Inputs, Any]:
-        """The recurrence of a segment again, from recurrent state h and what was `seen` [T, ...], for the gradient.
-
-        Returns the inputs and the steps of the recurrence, each with leading axis T.
-        """
-
-        def transition(h, x):
-            fresh, inputs, trace, notes = x
-            agent = agent_of(params, batch_stats)
-            step = agent.transition(agent.restart(h, fresh), inputs, trace, Player(notes))
-            return step.h, step
-
-        inputs = add_action(params, seen, batch_stats, segment)
-        xs = (segment.fresh, inputs, segment.trace, segment.notes.transition)
-        _, steps = jax.lax.scan(transition, h, xs, unroll=unroll)
-        return inputs, steps
-
-    def add_action(params: nnx.State, seen: Any, batch_stats: nnx.State, segment: Segment) -> Inputs:
-        """The inputs of a segment's steps again, from what was `seen` in them."""
-        tape = Player(segment.notes.add_action, steps=1)
-        return agent_of(params, batch_stats).add_action(seen, segment.prev_action, tape)
 
     def segment_loss(
         params: nnx.State, h: Array, seen: Any, batch_stats: nnx.State, rollout: Rollout
@@ -366,9 +333,9 @@ def make_learner(config, env: Environment) -> Learner:
             belief, info = agent_of(params, batch_stats).weigh(step, inputs, trace, obs, Player(notes))
             return None, (belief, info.encoding_loss, info.metrics)
 
-        inputs, steps = recur(params, h, seen, batch_stats, segment)
+        inputs, steps = replay_with(batch_stats).recur(params, h, seen, segment)
         xs = (steps, inputs, segment.trace, segment.obs, rollout.weigh_notes)
-        _, (beliefs, *weighed) = jax.lax.scan(weigh, None, xs, unroll=unroll)
+        _, (beliefs, *weighed) = over_steps(weigh, None, xs)
         # Summaries of beliefs depend on no other step: all steps at once.
         agent = agent_of(params, batch_stats)
         features = agent.policy_features(beliefs, Player(rollout.summary_notes, steps=1))
@@ -381,109 +348,20 @@ def make_learner(config, env: Environment) -> Learner:
         return losses.total, Outcome(rollout, steps, losses, returns)
 
     def learn(params, batch_stats, rollout: Rollout, window: Window) -> tuple[nnx.State, Outcome]:
-        """Gradient of the loss of the segment just acted, through it and all earlier ones.
+        """Gradient of the loss of the segment just acted, through it and all earlier ones of the window.
 
         `window` holds them all, the newest in place `length`, behind the earlier ones.
         """
-        newest, segments = window.length, window.segments
-        (grads, h_grad, seen_grad), outcome = jax.grad(segment_loss, argnums=(0, 1, 2), has_aux=True)(
-            params, rollout.segment.h[0], see_again(params, batch_stats, rollout.segment), batch_stats, rollout
+        replay, segment = replay_with(batch_stats), rollout.segment
+        grads, outcome = jax.grad(segment_loss, argnums=(0, 1, 2), has_aux=True)(
+            params, segment.h[0], replay.see(params, segment), batch_stats, rollout
         )
-        seen_grads = jax.tree.map(lambda g: jnp.zeros((capacity, *g.shape), g.dtype).at[newest].set(g), seen_grad)
-
-        def go_back(i, carry):
-            grads, h_grad, seen_grads = carry
-            place = newest - 1 - i
-            segment = jax.tree.map(lambda x: x[place], segments)
-            seen = see_again(params, batch_stats, segment)
-            if by_lineages:
-                grads, h_grad, seen_grad = along_lineages(grads, h_grad, params, batch_stats, segments, place, seen)
-            else:
-                last_h = lambda *inputs: recur(*inputs, batch_stats, segment)[1].h[-1]
-                more, h_grad, seen_grad = jax.vjp(last_h, params, segment.h[0], seen)[1](h_grad)
-                grads = jax.tree.map(jnp.add, grads, more)
-            return grads, h_grad, jax.tree.map(lambda all, g: all.at[place].set(g), seen_grads, seen_grad)
-
-        if capacity > 1:
-            grads, _, seen_grads = jax.lax.fori_loop(0, newest, go_back, (grads, h_grad, seen_grads))
-        return add_seen(grads, params, batch_stats, segments, seen_grads, newest + 1), outcome
-
-    def along_lineages(grads, h_grad: Array, params, batch_stats, segments: Segment, place: Array, seen: Any):
-        """The gradient through the recurrence of the segment in that `place`, from that of its last h.
-
-        As `recur` would give it, but step by step, and through the particles that have descendants only.
-        Returns `grads` with what comes to the weights, and the gradients of the first h and of what was `seen`.
-        """
-        segment = jax.tree.map(lambda x: x[place], segments)
-        moves = lineages.Moves(segments.h, segments.fresh, segments.trace, segments.notes.transition)
-
-        def advance(params, h, inputs, fresh, trace, notes):
-            agent = agent_of(params, batch_stats)
-            return agent.advance(agent.restart(h, fresh), inputs, trace, Player(notes)).h
-
-        def step_back(carry, x):
-            back = lineages.go_back(advance, params, moves, (place, x[0]), x[1], *carry)
-            return (back.weights, back.h), back.inputs
-
-        inputs, add_action_vjp = jax.vjp(lambda *changing: add_action(*changing, batch_stats, segment), params, seen)
-        xs = (jnp.arange(num_steps), inputs)
-        (grads, h_grad), inputs_grad = jax.lax.scan(step_back, (grads, h_grad), xs, reverse=True)
-        more, seen_grad = add_action_vjp(inputs_grad)
-        return jax.tree.map(jnp.add, grads, more), h_grad, seen_grad
-
-    def see_again(params: nnx.State, batch_stats: nnx.State, segment: Segment) -> Any:
-        """What was seen in a segment's steps."""
-        return agent_of(params, batch_stats).see(segment.obs, Player(segment.notes.see, steps=1))
-
-    def add_seen(grads, params, batch_stats, segments: Segment, seen_grads: Any, length: Array) -> nnx.State:
-        """Adds to `grads` of the weights what comes through what was seen in the first `length` segments.
-
-        `seen_grads`, the loss's gradients for that, go back through the encoder as often as it takes: with as many
-        images at once as a segment has, but no image twice (see `distinct.py`).
-        """
-        by_step = lambda x: x.reshape(capacity * num_steps, *x.shape[2:])
-        obs, notes = jax.tree.map(by_step, (segments.obs, segments.notes.see))
-        distinct = Distinct.of(by_step(segments.blank))
-        merged = jax.tree.map(lambda g: distinct.merged(by_step(g)), seen_grads)
-        last = length * num_steps
-
-        def look(carry):
-            step, grads = carry
-            rows, step = distinct.rows(step, last, room=num_envs * num_steps)
-            images = rows.of_images(obs.reshape(-1, *obs.shape[2:]))
-            grad = jax.tree.map(lambda g: jnp.where(rows.used[:, None], rows.of_images(g), 0.0), merged)
-            _, vjp = jax.vjp(lambda p: agent_of(p, batch_stats).see(images, RowPlayer(notes, rows)), params)
-            return step, jax.tree.map(jnp.add, grads, vjp(grad)[0])
-
-        return jax.lax.while_loop(lambda carry: carry[0] < last, look, (jnp.int32(0), grads))[1]
+        return replay.go_back(params, window, *grads), outcome
 
     def gradient(params, batch_stats, actor: Actor, window: Window, draws: Draws) -> tuple[nnx.State, Outcome]:
         """Acts for a segment and learns from it; `window` holds the earlier ones."""
         rollout = roll_out(params, batch_stats, actor, draws)
-        return learn(params, batch_stats, rollout, put(window, rollout.segment))
-
-    def put(window: Window, segment: Segment) -> Window:
-        """The window with a segment behind those that it is filled with, not yet counted."""
-        write = lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, window.length, 0)
-        return window._replace(segments=jax.tree.map(write, window.segments, segment))
-
-    def push(window: Window, segment: Segment) -> Window:
-        """Adds a segment behind the others; with the last one of a window, the next begins."""
-        return put(window, segment)._replace(length=following(window.length))
-
-    def following(length: Array) -> Array:
-        """How many segments a window holds after one more; the last one of a window empties it."""
-        return jnp.where(length + 1 == capacity, 0, length + 1)
-
-    def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
-        """The metrics of one update, by the names under which they are logged."""
-        steps, env = outcome.steps, outcome.rollout.env
-        mask = env.transition
-        measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
-        measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
-        measured["obs.avg_nr_observed"] = masked_mean(env.observed.astype(jnp.float32), mask)
-        measured["gradient.norm"] = optax.tree.norm(grads)
-        return measured
+        return learn(params, batch_stats, rollout, window.put(rollout.segment))
 
     def update(state: TrainState) -> TrainState:
         """One segment and one step of the optimiser.
@@ -497,7 +375,7 @@ def make_learner(config, env: Environment) -> Learner:
         rollout = roll_out(state.params, state.batch_stats, state.actor, draws)
         # Put there before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads
         # the window of before any more, XLA need not copy it.
-        window = put(state.window, rollout.segment)
+        window = state.window.put(rollout.segment)
         grads, outcome = learn(state.params, state.batch_stats, rollout, window)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
@@ -512,7 +390,7 @@ def make_learner(config, env: Environment) -> Learner:
             batch_stats=batch_stats,
             opt_state=opt_state,
             actor=recover(rollout.actor, ~good),
-            window=window._replace(length=jnp.where(good, following(window.length), 0)),
+            window=window._replace(length=jnp.where(good, window.counted().length, 0)),
             episodes=state.episodes.add(rollout.env),
             metrics=state.metrics.add(measure(grads, outcome), good),
             key=state.key,
@@ -521,24 +399,6 @@ def make_learner(config, env: Environment) -> Learner:
             skipped=state.skipped + ~good,
             skipped_in_row=skipped_in_row,
         )
-
-    def choose(condition: Array, yes: Any, no: Any) -> Any:
-        """The first of two pytrees where the condition [] holds, else the second."""
-        if on_gpu:  # A conditional would wait until the processor, which launches its code, knows the condition.
-            condition = jax.lax.optimization_barrier(condition)
-            return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
-        # On a CPU a choice per array would repeat all that the condition takes in each one's code.
-        return jax.lax.cond(condition, lambda: yes, lambda: no)
-
-    def recover(actor: Actor, skipped: Array) -> Actor:
-        """After a skipped update: belief and previous action start anew where they hold a number that is not finite.
-
-        After a good one, a log weight of -inf is a weight of 0 and stays.
-        """
-        memory = (actor.belief, actor.prev_action)
-        broken = skipped & ~jax.vmap(all_finite)(memory)
-        belief, prev_action = agent_verbs.restart(memory, broken)
-        return Actor(actor.env, belief, prev_action, actor.fresh | broken)
 
     def run(state: TrainState, num_updates: Array) -> TrainState:
         last = state.update + num_updates
@@ -551,10 +411,9 @@ def make_learner(config, env: Environment) -> Learner:
         actor = first_actor(agent_verbs, env_state)
         draws = jax.eval_shape(draw, state.key)
         rollout = jax.eval_shape(roll_out, state.params, state.batch_stats, actor, draws)
-        seen = jax.eval_shape(see_again, state.params, state.batch_stats, rollout.segment)
+        seen = jax.eval_shape(replay_with(state.batch_stats).see, state.params, rollout.segment)
         _, outcome = jax.eval_shape(segment_loss, state.params, actor.belief.h, seen, state.batch_stats, rollout)
-        segments = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), rollout.segment)
-        window = Window(segments, jnp.zeros((), jnp.int32))
+        window = Window.empty(rollout.segment, config.bptt_segments)
         metrics = state.metrics or Metrics.empty(jax.eval_shape(measure, state.params, outcome))
         state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())
         return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.
@@ -583,4 +442,4 @@ def make_learner(config, env: Environment) -> Learner:
         agent_key, env_key, train_key = jax.random.split(key, 3)
         return restart(untrained(agent_key, train_key), env.reset(env_key))
 
-    return Learner(init, restart, run, roll_out, gradient, push, draw, graphdef)
+    return Learner(init, restart, run, roll_out, gradient, draw, graphdef)

@@ -141,7 +141,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
         after = outcome.rollout.actor
         numbers |= view_numbers(bind(graphdef, params, batch_stats), after, view_key)
         numbers |= variance_numbers(bind(graphdef, params, batch_stats), after, variance_key)
-        return (after, learner.push(window, outcome.rollout.segment)), numbers
+        return (after, window.push(outcome.rollout.segment)), numbers
 
     # Let the environments get through an episode before anything is measured.
     def warm_up(actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, None]:

@@ -24,7 +24,7 @@ def last_gradient(config, env, segments):
     for segment in range(segments):
         draws = learner.draw(jax.random.PRNGKey(segment))
         grads, outcome = gradient(params, stats, actor, window, draws)
-        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
+        actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
         params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
         outcomes.append(outcome)
     return grads, outcomes

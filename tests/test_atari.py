@@ -430,7 +430,7 @@ class Training(NamedTuple):
             transition = ~LATE[segment * T : (segment + 1) * T]
             np.testing.assert_array_equal(outcome.rollout.env.transition, transition)
             results.append((outcome.losses, grads, np.asarray(outcome.returns)[transition]))
-            actor, window = outcome.rollout.actor, self.learner.push(window, outcome.rollout.segment)
+            actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
         return jax.tree.map(np.asarray, results)
 
 

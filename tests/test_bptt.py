@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvrl_jax import a2c
+from dvrl_jax import a2c, bptt
 from dvrl_jax.agents import bind
 from dvrl_jax.envs import ActionSpec
 from tests.golden import Recording
@@ -48,7 +48,7 @@ def window_of(learner, state, num_segments):
         grads, outcome = gradient(state.params, state.batch_stats, actor, window, draws)
         windows.append((actor, window, draws))
         results.append((grads, outcome, draws))
-        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
+        actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
     return results, windows
 
 
@@ -106,7 +106,7 @@ def test_gradient_equals_autodiff_through_the_unrolled_window(case, num_segments
     actor, window, draws = windows[-1]
     # A window of fewer segments is one that started later: only its own segments are filled.
     kept = MOST_SEGMENTS - num_segments
-    shorter = a2c.Window(jax.tree.map(lambda x: jnp.roll(x, -kept, axis=0), window.segments), window.length - kept)
+    shorter = bptt.Window(jax.tree.map(lambda x: jnp.roll(x, -kept, axis=0), window.segments), window.length - kept)
     actual, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
     expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, kept)))(state.params)
     assert relative_difference(actual, expected) < 1e-5
@@ -120,7 +120,7 @@ def test_gradient_differs_when_a_segment_is_left_out(case):
     for length in range(MOST_SEGMENTS - 1):
         missing = MOST_SEGMENTS - 1 - length
         segments = jax.tree.map(lambda x, n=missing: jnp.roll(x, -n, axis=0), window.segments)
-        shorter = a2c.Window(segments, jnp.int32(length))
+        shorter = bptt.Window(segments, jnp.int32(length))
         partial, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
         difference = relative_difference(partial, full)
         assert difference > 1e-4
@@ -134,7 +134,7 @@ def test_window_fills_and_starts_anew(case):
     lengths = []
     for _ in range(2 * MOST_SEGMENTS):
         lengths.append(int(window.length))
-        window = learner.push(window, results[0][1].rollout.segment)
+        window = window.push(results[0][1].rollout.segment)
     assert lengths == [0, 1, 2, 3, 4] * 2
 
 

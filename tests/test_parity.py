@@ -97,7 +97,7 @@ def run_segments(golden):
     for segment in range(2):
         grads, outcome = gradient(state.params, state.batch_stats, actor, window, golden.draws(segment))
         yield jax.tree.map(np.asarray, (grads, outcome))
-        actor, window = outcome.rollout.actor, learner.push(window, outcome.rollout.segment)
+        actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
 
 
 def norm(leaves):

@@ -1,9 +1,9 @@
 """Breaks one line at a time and sees whether a test notices: python -m tests.reliability.mutants [--only=TEXT]
 
-Each mutant is a piece of text of `particle_filter.py`, `distinct.py`, `lineages.py` or `a2c.py` with something else in
-its place. It is put into a copy of the project, where the fast tests of that file run until the first one fails. A
-mutant that survives must be explained below, in its last field, else the script fails. Text that is no longer in the
-file fails too.
+Each mutant is a piece of text of `particle_filter.py`, `distinct.py`, `lineages.py`, `bptt.py` or `a2c.py` with
+something else in its place. It is put into a copy of the project, where the fast tests of that file run until the first
+one fails. A mutant that survives must be explained below, in its last field, else the script fails. Text that is no
+longer in the file fails too.
 """
 
 import argparse
@@ -17,12 +17,20 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py"
-LINEAGES, LEARNER = "dvrl_jax/lineages.py", "dvrl_jax/a2c.py"
+LINEAGES, WINDOW, LEARNER = "dvrl_jax/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
     FILTER: ["tests/test_particle_filter.py"],
     DISTINCT: ["tests/test_distinct.py"],
     LINEAGES: ["tests/test_lineages.py"],
+    WINDOW: [
+        "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
+        "tests/test_bptt.py::test_window_fills_and_starts_anew[rnn-gaussian]",
+        "tests/test_bptt.py",
+        "tests/test_lineages.py",
+        "tests/test_distinct.py",
+        "tests/test_parity.py",
+    ],
     LEARNER: [
         "tests/reliability/test_losses.py",
         "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
@@ -146,6 +154,35 @@ def lineage_mutants() -> list[Mutant]:
     return [Mutant(LINEAGES, *pair) for pair in pairs]
 
 
+def window_mutants() -> list[Mutant]:
+    pairs = [
+        ("place = newest - 1 - i", "place = i"),
+        ("last_h = lambda *inputs: self", "last_h = lambda *inputs: 0.5 * self"),
+        ("all.at[place].set(g)", "all.at[i].set(g)"),
+        (".at[newest].set(g)", ".at[0].set(g)"),
+        ("segments, newest + 1, grads", "segments, newest, grads"),
+        ("rows.of_images(g), 0.0)", "0.0, 0.0)"),
+        (
+            "vjp(h_grad)\n        return jax.tree.map(jnp.add, grads",
+            "vjp(h_grad)\n        return jax.tree.map(jnp.subtract, grads",
+        ),
+        (
+            "add_action_vjp(inputs_grad)\n        return jax.tree.map(jnp.add, grads",
+            "add_action_vjp(inputs_grad)\n        return jax.tree.map(jnp.subtract, grads",
+        ),
+        ("jax.tree.map(jnp.add, grads, vjp(grad)[0])", "jax.tree.map(jnp.subtract, grads, vjp(grad)[0])"),
+        ("xs, reverse=True)", "xs)"),
+        ("(seen, segment.prev_action, tape)", "(seen, 0 * segment.prev_action, tape)"),
+        ("agent.advance(agent.restart(h, fresh), inputs", "agent.advance(h, inputs"),
+        ("moves, (place, x[0])", "moves, (place, x[0] - 1)"),
+        ("fori_loop(0, newest, through", "fori_loop(1, newest, through"),
+        ("(all, new, self.length, 0)", "(all, new, 0, 0)"),
+        ("self.capacity, 0, self.length + 1)", "self.capacity, 1, self.length + 1)"),
+        ("agent.transition(agent.restart(h, fresh), inputs", "agent.transition(h, inputs"),
+    ]
+    return [Mutant(WINDOW, *pair) for pair in pairs]
+
+
 def learner_mutants() -> list[Mutant]:
     pairs = [
         # Returns.
@@ -178,33 +215,13 @@ def learner_mutants() -> list[Mutant]:
         ("prev_action, actor.fresh, info.trace,", "prev_action, fresh, info.trace,"),
         ("lambda x: x[-1], draws.belief", "lambda x: x[0], draws.belief"),
         ("lambda x: x[:-1], draws.belief", "lambda x: x[1:], draws.belief"),
-        # The window.
-        ("place = newest - 1 - i", "place = i"),
-        ("last_h = lambda *inputs: recur", "last_h = lambda *inputs: 0.5 * recur"),
-        ("all.at[place].set(g)", "all.at[i].set(g)"),
-        (".at[newest].set(g)", ".at[0].set(g)"),
-        ("seen_grads, newest + 1)", "seen_grads, newest)"),
-        ("rows.of_images(g), 0.0)", "0.0, 0.0)"),
-        (
-            "                grads = jax.tree.map(jnp.add, grads, more)",
-            "                grads = jax.tree.map(jnp.subtract, grads, more)",
-        ),
-        ("jax.tree.map(jnp.add, grads, more), h_grad", "jax.tree.map(jnp.subtract, grads, more), h_grad"),
-        ("xs, reverse=True)", "xs)"),
-        ("(seen, segment.prev_action, tape)", "(seen, 0 * segment.prev_action, tape)"),
-        ("agent.advance(agent.restart(h, fresh), inputs", "agent.advance(h, inputs"),
-        ("moves, (place, x[0])", "moves, (place, x[0] - 1)"),
-        ("fori_loop(0, newest, go_back", "fori_loop(1, newest, go_back"),
-        ("(all, new, window.length, 0)", "(all, new, 0, 0)"),
-        ("jnp.where(length + 1 == capacity, 0, length + 1)", "jnp.where(length + 1 == capacity, 1, length + 1)"),
-        ("agent.transition(agent.restart(h, fresh), inputs", "agent.transition(h, inputs"),
         # Skipped updates.
         ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "jnp.asarray(True)"),
         ("all_finite((outcome.losses.total, optax.tree.norm(grads), learned))", "all_finite(outcome.losses.total)"),
         ("finite, (learned, 0), (known,", "finite, (known, 0), (learned,"),
         ("lambda: yes, lambda: no", "lambda: no, lambda: yes"),
         ("jnp.where(condition, yes, no)", "jnp.where(condition, no, yes)"),
-        ("length=jnp.where(good, following(window.length), 0)", "length=following(window.length)"),
+        ("length=jnp.where(good, window.counted().length, 0)", "length=window.counted().length"),
         ("recover(rollout.actor, ~good)", "rollout.actor"),
         ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped & actor.fresh"),
         ("broken = skipped & ~jax.vmap(all_finite)(memory)", "broken = skipped | actor.fresh"),
@@ -219,7 +236,7 @@ def learner_mutants() -> list[Mutant]:
 
 
 def mutants() -> list[Mutant]:
-    return filter_mutants() + distinct_mutants() + lineage_mutants() + learner_mutants()
+    return filter_mutants() + distinct_mutants() + lineage_mutants() + window_mutants() + learner_mutants()
 
 
 def is_killed(mutant: Mutant, number: int, root: Path) -> bool:
