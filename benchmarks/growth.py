@@ -73,7 +73,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main() -> int:
-    found = measure(command_line.required_config(), FLAGS.seconds)
+    found = measure(command_line.required_config(default.get_config()), FLAGS.seconds)
     Path(f"{FLAGS.out}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, Path(f"{FLAGS.out}.png"))
     print(machine())

@@ -79,7 +79,7 @@ def print_table(spans: list[Span], seconds: float, updates: int, top: int) -> No
 
 
 def main() -> int:
-    config = command_line.required_config()
+    config = command_line.required_config(default.get_config())
     process.prepare(config)
 
     import jax

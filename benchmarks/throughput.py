@@ -256,7 +256,7 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    config = command_line.required_config()
+    config = command_line.required_config(default.get_config())
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):

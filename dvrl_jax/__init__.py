@@ -9,7 +9,7 @@
     state, history = train(seed=0, num_updates=500)  # The final state, and metrics per log interval.
     agent = dvrl_jax.trained_agent(config, env, state)
     game = dvrl_jax.record(agent, dvrl_jax.make_env(config, num_envs=1, keep_view=True), jax.random.PRNGKey(1))
-    pixels = dvrl_jax.painter_for(config.env.name, env).still(game)
+    pixels = dvrl_jax.painter_for(env).still(game)
 
 Nothing is written to disk by these; runs with directories, checkpoints and resuming are made by `train.py`.
 """

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax.agents import AGENTS, NO_TAPES, Agent, Tapes, UpdateInfo, bind
+from dvrl_jax import agents
+from dvrl_jax.agents import NO_TAPES, Agent, Tapes, UpdateInfo, bind
 from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
 from dvrl_jax.distinct import is_blank
 from dvrl_jax.envs.base import Environment, EnvState
@@ -201,7 +202,7 @@ class Learner(NamedTuple):
 
 def make_agent(config, env: Environment, key: Array) -> Agent:
     """Makes the agent that `config.algorithm` names, with fresh weights."""
-    return AGENTS[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
+    return agents.named()[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
 
 
 def first_actor(agent: Agent, env: EnvState) -> Actor:

@@ -32,8 +32,9 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     except ModuleNotFoundError:
         message = f"{name}: there is no configs/{name}.py in the working directory or on sys.path"
         raise config_lib.ConfigError(message) from None
+    default = importlib.import_module("configs.default").get_config()
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.finalise(config_lib.merge(module.get_config(*arguments), values))
+    return config_lib.load(config_lib.merge(module.get_config(*arguments), values), default)
 
 
 def make_env(

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax.config import ConfigError, check_fields, finalise
+from dvrl_jax.config import ConfigError, check_fields, load, with_settings
 from dvrl_jax.runs import RunError
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
@@ -20,7 +20,9 @@ FLAGS = flags.FLAGS
 
 def define_config() -> None:
     """Defines `--config`."""
-    config_flags.DEFINE_config_file("config", None, "Configuration file, for example configs/pong_dvrl.py.")
+    # Settings that the file leaves out may be given all the same; `run` has made sure that there are such fields.
+    given = {"lock_config": False, "accept_new_attributes": True}
+    config_flags.DEFINE_config_file("config", None, "Configuration file, for example configs/pong_dvrl.py.", **given)
 
 
 def config_and_overrides():
@@ -30,16 +32,16 @@ def config_and_overrides():
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
 
 
-def required_config() -> ConfigDict:
-    """The configuration given on the command line, finalised.
+def required_config(default: ConfigDict) -> ConfigDict:
+    """The configuration given on the command line, finalised; `default` is the one that has every field.
 
     Raises:
-        ConfigError: there is none, or its values are impossible.
+        ConfigError: there is none, or its fields or values are impossible.
     """
     config, _ = config_and_overrides()
     if config is None:
         raise ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
-    return finalise(ConfigDict(config))
+    return load(config, default)
 
 
 def run(main: Callable[[], int], default: ConfigDict) -> None:
@@ -89,7 +91,7 @@ def _fail(error: Exception):
 def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
-    check_fields(fields, default)
+    check_fields(fields, with_settings(default))
     if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
     for argument in arguments:

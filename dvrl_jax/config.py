@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import networks
-from dvrl_jax.agents import AGENTS
+from dvrl_jax import agents, envs, networks
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
 CHANGEABLE = ("total_env_steps", "max_skipped_updates", "log.", "checkpoint.")
@@ -45,15 +44,28 @@ def check_fields(names: Iterable[str], default: ConfigDict) -> None:
             raise ConfigError(f"{name}: there is no such field{_suggestion(name, known)}")
 
 
+def with_settings(default: ConfigDict, names: Iterable[Any] | None = None) -> ConfigDict:
+    """A copy of `default` that has what environments and belief models of these names (None: all) can set besides."""
+    config = default.copy_and_resolve_references()
+    for group, kinds in (("env", envs.named()), ("model", agents.named())):
+        for kind in (kind for name, kind in kinds.items() if names is None or name in names):
+            for setting, value in kind.settings.items():
+                if setting not in config[group]:
+                    config[group][setting] = value
+    return config
+
+
 def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `default` with other values (by dotted name, as read from JSON).
+    """A copy of `default` with other values, by dotted name, as read from JSON.
+
+    It also has the settings of its environment and belief model that not every configuration has.
 
     Raises:
         ConfigError: a field is unknown or its value has the wrong type.
     """
-    known = flatten(default)
-    check_fields(values, default)
-    config = default.copy_and_resolve_references()
+    config = with_settings(default, [values.get(x, flatten(default)[x]) for x in ("env.name", "algorithm")])
+    known = flatten(config)
+    check_fields(values, config)
     for field, value in values.items():
         if isinstance(known[field], tuple) and isinstance(value, list):
             value = tuple(value)
@@ -86,14 +98,18 @@ def _suggestion(word: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def observation_shape(config: ConfigDict) -> tuple[int, ...]:
-    """Shape of the observations that the configured environment gives, without making it."""
-    return (2,) if config.env.name == "MountainHike" else (84, 84, 1)
-
-
 def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
-    return len(observation_shape(config)) == 3
+    return envs.find(config.env.name).observation_of(config.env).is_image
+
+
+def load(config: ConfigDict, default: ConfigDict) -> ConfigDict:
+    """A configuration as its file made it, finalised.
+
+    Raises:
+        ConfigError: a field is unknown, or its value impossible or of another type than in `default`.
+    """
+    return finalise(merge(default, flatten(config)))
 
 
 def finalise(config: ConfigDict) -> ConfigDict:
@@ -122,7 +138,8 @@ def _check(c: ConfigDict) -> None:
         # What is finite for Python need not be for the device, where numbers have 32 bits.
         if any(isinstance(x, float) and not abs(x) <= _LARGEST_FLOAT for x in numbers):
             require(field, False, "a finite number (of 32 bits)")
-    require("algorithm", c.algorithm in AGENTS, f"one of {', '.join(sorted(AGENTS))}")
+    algorithms = sorted(agents.named())
+    require("algorithm", c.algorithm in algorithms, f"one of {', '.join(algorithms)}")
     for field in ("total_env_steps", "num_envs", "num_steps", "bptt_segments", "env.frame_skip", "model.h_dim"):
         require(field, fields[field] >= 1, "at least 1")
     for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
@@ -172,14 +189,15 @@ def _check(c: ConfigDict) -> None:
             require("loss.encoding_coef", c.loss.encoding_coef > 0, _RNN_NO_ENCODING)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
-    if c.env.name != "MountainHike":
-        from dvrl_jax.envs.atari import game_names
-
-        games = game_names()
-        close = _suggestion(c.env.name, ["MountainHike", *games])
-        require("env.name", c.env.name in games, f"MountainHike or an Atari game that EnvPool has{close}")
+    kind, own = envs.find(c.env.name), sorted(envs.named())
+    close = "" if kind else _suggestion(c.env.name, [*own, *envs.atari.game_names()])
+    require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
     try:
-        networks.encoded_shape(observation_shape(c), channels)
+        shape = kind.observation_of(c.env).shape
+    except ValueError as error:
+        raise ConfigError(f"env: {c.env.name} cannot be made ({error})") from None
+    try:
+        networks.encoded_shape(shape, channels)
     except ValueError as error:
         raise ConfigError(f"model.channels = {_short(channels)}: {error} (env.name is {c.env.name})") from None
 

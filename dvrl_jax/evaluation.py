@@ -128,7 +128,7 @@ def draw(
     """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows."""
     config = read_run_config(path, default)
     env = envs.make_env(config.env, 1, seed, keep_view=True)
-    painter = pictures.painter_for(config.env.name, env)
+    painter = pictures.painter_for(env)
     agent, _ = load_agent(path, config, env, checkpoint)
     recorded = recording.record(agent, env, jax.random.PRNGKey(seed), greedy, max_steps)
     pictures.write(video, painter, recorded)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, playing
+from dvrl_jax import a2c, envs, playing
 from dvrl_jax.agents import bind
 
 Array = jax.Array
@@ -98,7 +98,7 @@ def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
     from dvrl_jax import pictures  # Takes a moment to import, and most runs draw nothing.
 
     observation = arrays["observation"][:MAX_SHOWN]
-    painter = pictures.find_painter(name, is_image=observation.ndim == 4)
+    painter = pictures.find_painter(envs.find(name), is_image=observation.ndim == 4)
     if painter is None:
         return None
     times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))

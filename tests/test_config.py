@@ -84,6 +84,21 @@ def test_description_marks_what_differs():
     assert {"env.name", "env.p_blank", "bptt_segments"} <= marked and "num_envs" not in marked
 
 
+def test_a_configuration_file_is_checked(tmp_path):
+    for line, named in [
+        ("c.model.h_dimm = 8", "error: model.h_dimm: there is no such field; did you mean model.h_dim?\n"),
+        ("del c.checkpoint; c.checkpoint = 3", "error: checkpoint: there is no such field"),
+        ("del c.seed; c.seed = '1'", "error: seed = '1': must be of type int\n"),
+    ]:
+        file = tmp_path / "mine.py"
+        body = f"def get_config():\n    c = default.get_config()\n    {line}\n    return c\n"
+        file.write_text(f"from configs import default\n\n\n{body}")
+        command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path / 'run'}", f"--config={file}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert not (tmp_path / "run").exists()
+
+
 COMMANDS = [
     (["--config=configs/mountain_hike_rnn.py", "--config.model.hdim=3"], "model.hdim"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model.h_dim=1.5"], "config.model.h_dim"),

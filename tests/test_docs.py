@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,16 +108,55 @@ def test_tables_hold_what_the_stored_files_say():
     assert tables.stale() == [], "python -m evidence.tables"
 
 
-def test_the_examples_of_extending_run():
-    environment = {}
-    for block in blocks((ROOT / "docs" / "extending.md").read_text(), "python"):
-        exec(compile(block, "docs/extending.md", "exec"), environment)
-    try:
-        assert [line["update"] for line in environment["history"]] == [2, 4]
-        assert environment["history"][-1]["episodes.num_ended"] == 20  # 20 steps are 5 episodes, in 4 environments.
-        assert "averager" in environment["AGENTS"] and environment["config"].algorithm == "averager"
-    finally:
-        environment["AGENTS"].pop("averager", None)
+def python_blocks_of_extending() -> list[str]:
+    """The environment, its configuration, training in Python, the belief and training with it."""
+    found = blocks((ROOT / "docs" / "extending.md").read_text(), "python")
+    assert len(found) == 4
+    belief, training = found.pop().split("\n\n\nconfig = ")
+    return [*found, belief + "\n", "config = " + training]
+
+
+def test_the_examples_of_extending_run_in_python():
+    ends = """
+assert [line["update"] for line in history] == [2, 4]
+assert history[-1]["episodes.num_ended"] == 20  # 20 steps are 5 episodes, in 4 environments.
+assert config.algorithm == "averager" and config.model.first_rate == 1
+"""
+    # In a process of its own, where the new classes have names and nowhere else.
+    program = "\n".join([*python_blocks_of_extending(), ends])
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=600)
+
+
+def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
+    environment, config, _, belief, _ = python_blocks_of_extending()
+    for name in ("dvrl_jax", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("train.py", "evaluate.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "dvrl_jax" / "envs" / "remember_the_light.py").write_text(environment)
+    (tmp_path / "dvrl_jax" / "agents" / "averager.py").write_text(belief)
+    (tmp_path / "configs" / "remember_the_light.py").write_text(config)
+
+    def run(script: str, *arguments: str, code: int = 0) -> str:
+        command = [sys.executable, script, "--workdir=run", *arguments]
+        settings = os.environ | {"PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
+        assert result.returncode == code, result.stderr
+        return result.stdout + result.stderr
+
+    config = "--config=configs/remember_the_light.py"
+    said = run("train.py", config, "--config.env.steps=1", code=2)
+    assert said == "error: env: RememberTheLight cannot be made (env.steps must be at least 2)\n"
+    said = run("train.py", config, "--config.model.first_rate=1", code=2)
+    assert said == "error: model.first_rate: there is no such field\n"
+    small = ["--config.total_env_steps=320", "--config.log.interval=2", "--config.model.h_dim=8"]
+    changed = ["--config.env.steps=8", "--config.algorithm=averager", "--config.model.first_rate=1"]
+    assert "320 steps (100.0%)" in run("train.py", config, *small, *changed)
+    assert "640 steps (100.0%)" in run("train.py", config, *changed, "--config.total_env_steps=640")
+    fields = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {"env.name": "RememberTheLight", "env.steps": 8, "algorithm": "averager", "model.first_rate": 1.0}
+    assert expected.items() <= fields.items()
+    assert "8 steps per game" in run("evaluate.py", "--episodes=3")
 
 
 def console_examples() -> list[tuple[str, str]]:

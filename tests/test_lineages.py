@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 from dvrl_jax import a2c, lineages
-from dvrl_jax.agents import AGENTS, DVRL
+from dvrl_jax.agents import DVRL
 from dvrl_jax.envs import ActionSpec
 from tests.golden import Recording
 from tests.segments import assert_equal_up_to, last_gradient
@@ -82,14 +82,6 @@ def test_a_step_is_gone_back_through_as_through_all(rows, live, fresh, seed):
         np.testing.assert_allclose(back.inputs, inputs_grad, atol=1e-12)
 
 
-class AllAtOnce(DVRL):
-    """DVRL whose gradient goes back through every particle."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.has_lineages = False
-
-
 @pytest.mark.parametrize(("rows", "action_encoding"), [(4, 4), (80, 0)])
 def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypatch):
     """Across three segments, in which episodes end and particles are killed."""
@@ -103,7 +95,7 @@ def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypa
     with jax.enable_x64(True):
         env = Recording(3.0 * normals(0, steps + 1, envs, 2), normals(1, steps, envs), ends, ActionSpec(False, 2))
         along_lineages, outcomes = last_gradient(config, env, segments)
-        monkeypatch.setitem(AGENTS, "dvrl", AllAtOnce)
+        monkeypatch.setattr(DVRL, "has_lineages", property(lambda self: False, lambda self, value: None))
         through_every, same_outcomes = last_gradient(config, env, segments)
     killed, same_killed = (
         np.stack([outcome.steps.metrics["particles.killed"] for outcome in found])

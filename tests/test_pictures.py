@@ -110,7 +110,7 @@ def test_predictions_of_hikes_are_drawn_where_they_are():
     assert rows.max() < 0.4 * height and columns.min() > 0.4 * width
     assert rows.max() - rows.min() > 0.05 * height > columns.max() - columns.min()  # From the centre upwards.
     assert painter.predictions(readings[:1], {0: centre[:1]}).shape[-1] == 3
-    assert pictures.find_painter("something with vectors", is_image=False) is None
+    assert pictures.find_painter(envs.Environment, is_image=False) is None
 
 
 def test_frames_show_the_game_beside_what_the_agent_got():

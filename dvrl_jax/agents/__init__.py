@@ -1,9 +1,14 @@
-"""The belief models. A new one is a subclass of `Agent` and a line in `AGENTS`."""
+"""The belief models by name. A new one is a module here, with a subclass of `Agent` that says its `name`."""
 
+from dvrl_jax import discovery
 from dvrl_jax.agents.base import NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind
 from dvrl_jax.agents.dvrl import DVRL
 from dvrl_jax.agents.rnn import RNN
 
-AGENTS: dict[str, type[Agent]] = {"dvrl": DVRL, "rnn": RNN}
 
-__all__ = ["AGENTS", "DVRL", "NO_TAPES", "RNN", "Agent", "Inputs", "Tapes", "UpdateInfo", "bind"]
+def named() -> dict[str, type[Agent]]:
+    """The belief models, by what configurations call them (`algorithm`)."""
+    return discovery.named(Agent, __name__)
+
+
+__all__ = ["DVRL", "NO_TAPES", "RNN", "Agent", "Inputs", "Tapes", "UpdateInfo", "bind", "named"]

@@ -20,7 +20,8 @@ and `summarise` take a tape besides, to which they hand their costly products, a
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
@@ -104,12 +105,16 @@ class Agent(nnx.Module, abc.ABC):
     """Encoders, actor and critic; subclasses add the belief.
 
     Attributes:
+        name: what configurations call it (`algorithm`).
+        settings: what may be set about it alone, with defaults: fields of the `model` group of its configurations.
         has_lineages: whether h is of particles, [B, K, ...], that know nothing of each other and of which some have no
         descendants. Learning then goes back through the others alone (see `lineages.py`). It takes traces that have
         `ancestors` [B, K], and a `transition` that lets h be inherited from those and then calls `advance`, which
         can be asked for some of the particles as well.
     """
 
+    name: str | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
     has_lineages = False
 
     def __init__(self, config, observation: ObservationSpec, action: ActionSpec, *, rngs: nnx.Rngs):

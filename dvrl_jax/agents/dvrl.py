@@ -63,6 +63,8 @@ class Step(NamedTuple):
 class DVRL(Agent):
     """Particle-filter belief with learned proposal q(z), prior p(z), emission p(o) and recurrence h."""
 
+    name = "dvrl"
+
     def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
         super().__init__(config, observation, action, rngs=rngs)
         self.num_particles, self.z_dim = config.num_particles, config.z_dim

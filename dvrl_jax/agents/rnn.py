@@ -30,6 +30,8 @@ class Step(NamedTuple):
 class RNN(Agent):
     """h = GRU([phi_o, phi_a], h_prev); optionally also predicts the observation from [h_prev, phi_a]."""
 
+    name = "rnn"
+
     def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
         super().__init__(config, observation, action, rngs=rngs)
         self.obs_loss_coef = config.obs_loss_coef

@@ -6,6 +6,9 @@ episode's first frame with reward 0. `EnvState.transition` is False for that cal
 Emulator state cannot be saved: a resumed run starts new games.
 """
 
+import functools
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,7 @@ MAX_NOOPS = 30
 MAX_FRAMES = 108_000  # Of the emulator, half an hour: a longer game is cut off, as is usual for Atari.
 
 
+@functools.cache
 def game_names() -> list[str]:
     """Names of all Atari games that EnvPool can emulate, without their `-v5`, sorted."""
     import envpool.atari.registration as registration
@@ -57,12 +61,21 @@ class Atari(Environment):
     the last call, which tells a late reset.
     """
 
+    settings = MappingProxyType({"frame_skip": 4})
+    observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
     restorable = False
+
+    @classmethod
+    def from_config(cls, config, num_envs: int, seed: int) -> "Atari":
+        return cls(config.name, num_envs, seed, config.frame_skip)
+
+    @classmethod
+    def observation_of(cls, config) -> ObservationSpec:
+        return cls.observation
 
     def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4):
         self.num_envs = num_envs
         self._pool = make_pool(game, num_envs, seed, frame_skip)
-        self.observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
         self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
         self._handle, self._recv, self._send, _ = self._pool.xla()
 

@@ -5,6 +5,8 @@ An environment is an object with static facts (`num_envs`, `observation`, `actio
 """
 
 import abc
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -56,13 +58,42 @@ class EnvState(NamedTuple):
 
 
 class Environment(abc.ABC):
-    """A batch of `num_envs` environments. Wrappers implement the same interface around another one."""
+    """A batch of `num_envs` environments. Wrappers implement the same interface around another one.
 
+    Attributes:
+        name: what configurations call it (`env.name`); None for wrappers, and for Atari, which is called by its games.
+        settings: what may be set about it, with defaults. They are fields of the `env` group of its configurations.
+        num_envs: size of the batch. observation, action: what they are like.
+        restorable: whether `EnvState` holds all there is, so that a checkpoint can bring the environment back exactly.
+    """
+
+    name: str | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
     num_envs: int
     observation: ObservationSpec
     action: ActionSpec
-    # Whether `EnvState` holds all there is, so that a checkpoint can bring the environment back exactly.
     restorable: bool
+
+    @classmethod
+    def from_config(cls, config, num_envs: int, seed: int) -> "Environment":
+        """Makes it as `config` (the `env` group of a configuration) says: here, cls(num_envs, **settings).
+
+        `seed` is for what has randomness of its own, besides the key that `reset` gets.
+        Raises:
+            ValueError: it cannot be made so; the message says why.
+        """
+        del seed
+        return cls(num_envs, **{setting: config[setting] for setting in cls.settings})
+
+    @classmethod
+    def observation_of(cls, config) -> ObservationSpec:
+        """What observations are like as `config` has it; here, makes an environment to see. Raises as `from_config`."""
+        return cls.from_config(config, num_envs=1, seed=0).observation
+
+    @classmethod
+    def painter(cls) -> Any:
+        """Who draws it, a `pictures.Painter`; None leaves that to whoever draws images, and vectors undrawn."""
+        return None
 
     @abc.abstractmethod
     def reset(self, key: Array) -> EnvState:

@@ -19,6 +19,7 @@ class Flicker(Environment):
     def __init__(self, env: Environment, p_blank: float, keep_view: bool = False):
         self.env = env
         self.p_blank, self.keep_view = p_blank, keep_view
+        self.name, self.settings, self.painter = env.name, env.settings, env.painter
         self.num_envs, self.observation, self.action = env.num_envs, env.observation, env.action
         self.restorable = env.restorable
 

@@ -5,7 +5,8 @@ random is drawn from the key in the state, so a saved state continues exactly.
 """
 
 import math
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,21 @@ class HikeState(NamedTuple):
 class MountainHike(Environment):
     """`num_envs` hikers; `observation_std` is the noise of a position reading in units of the box (0, 0.15, 0.3)."""
 
+    name = "MountainHike"
+    settings = MappingProxyType({"observation_std": 0.0})
+    observation = ObservationSpec((2,), jnp.float32)
+    action = ActionSpec(discrete=False, size=2)
     restorable = True
 
     def __init__(self, num_envs: int, observation_std: float):
         self.num_envs = num_envs
         self.observation_std = observation_std
-        self.observation = ObservationSpec((2,), jnp.float32)
-        self.action = ActionSpec(discrete=False, size=2)
+
+    @classmethod
+    def painter(cls) -> Any:
+        from dvrl_jax.pictures.hike import HikePainter  # Drawing is imported where something is drawn.
+
+        return HikePainter()
 
     def reset(self, key: Array) -> EnvState:
         key, start_key, noise_key = jax.random.split(key, 3)

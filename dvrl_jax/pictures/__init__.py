@@ -1,6 +1,6 @@
 """Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still; and predictions.
 
-An environment's picture is a `Painter`. `PAINTERS` names those of particular environments; any other environment with
+An environment's picture is a `Painter`. It may have one of its own (`Environment.painter`); any other environment with
 image observations gets `FramePainter`. Nothing here needs a display.
 """
 
@@ -36,26 +36,20 @@ class Painter(Protocol):
         """Observations [B, ...] and what is expected dt steps later, {dt: [B, ...]}, uint8 [height, width, 1 or 3]."""
 
 
-# Painters by the name that configurations give the environment.
-PAINTERS: dict[str, type[Painter]] = {"MountainHike": HikePainter}
+def find_painter(env: Environment | type[Environment], is_image: bool) -> Painter | None:
+    """The painter of an environment, or of environments of that class; None if there is none."""
+    return env.painter() or (FramePainter() if is_image else None)
 
 
-def find_painter(name: str, is_image: bool) -> Painter | None:
-    """The painter of the environment that configurations call `name`; None if there is none."""
-    if name in PAINTERS:
-        return PAINTERS[name]()
-    return FramePainter() if is_image else None
-
-
-def painter_for(name: str, env: Environment) -> Painter:
-    """The painter of the environment that configurations call `name`.
+def painter_for(env: Environment) -> Painter:
+    """The painter of an environment.
 
     Raises:
         RunError: there is none.
     """
-    painter = find_painter(name, env.observation.is_image)
+    painter = find_painter(env, env.observation.is_image)
     if painter is None:
-        raise RunError(f"--video: there is no picture for {name}; add a painter to dvrl_jax.pictures.PAINTERS")
+        raise RunError(f"--video: there is no picture of {env.name}; its class needs a `painter` (docs/extending.md)")
     return painter
 
 
@@ -116,4 +110,4 @@ def _ffmpeg():
     return imageio_ffmpeg
 
 
-__all__ = ["PAINTERS", "FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "painter_for", "write"]
+__all__ = ["FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "painter_for", "write"]
