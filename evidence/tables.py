@@ -18,8 +18,9 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -54,10 +55,22 @@ STATIONS = 8  # Rows of a course after the first line.
 Lines = list[dict[str, Any]]
 
 
-def load(folder: Path) -> dict[str, list[plotting.Run]]:
-    """The runs below a folder by setting: those of one setting differ in seed and length only.
+class Stored(NamedTuple):
+    """The runs below a folder.
 
-    Fields younger than a run have their default.
+    Attributes:
+        settings: runs by setting, which is said by what most of the others do not have; those of one setting differ in
+        seed and length only.
+        agent: head of the column of settings, with what most of them have.
+    """
+
+    settings: dict[str, list[plotting.Run]]
+    agent: str
+
+
+def load(folder: Path) -> Stored:
+    """Reads the runs below a folder. Fields younger than a run have their default.
+
     Raises:
         RunError: there is none.
     """
@@ -67,13 +80,19 @@ def load(folder: Path) -> dict[str, list[plotting.Run]]:
     defaults = config_lib.flatten(default.get_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
-    varied = plotting.varied_fields(loaded)
+    groups = list(plotting.group_runs(loaded).values())
+    usual = {}
+    for field in plotting.varied_fields(loaded):
+        (value, number), *_ = Counter(group[0].fields[field] for group in groups).most_common()
+        usual[field] = value if number > len(groups) / 2 else None
+    say = lambda field, value: f"{field.split('.')[-1]} {value}"
     settings = {}
-    for group in plotting.group_runs(loaded).values():
+    for group in groups:
         fields = group[0].fields
-        values = [f"{field.split('.')[-1]} {fields[field]}" for field in varied]
+        values = [say(field, fields[field]) for field in usual if fields[field] != usual[field]]
         settings[", ".join([fields["algorithm"].upper(), *values])] = group
-    return settings
+    most = ", ".join(say(field, value) for field, value in usual.items() if value is not None)
+    return Stored(settings, f"agent (if not said, {most})" if most else "agent")
 
 
 def value_at(lines: Lines, metric: str, steps: int) -> float:
@@ -109,8 +128,9 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
     end = f"of the last {LAST / 1e6:.1f}M"
+    stored = load(folder)
     head = [
-        "agent",
+        stored.agent,
         "seed",
         "steps",
         *at,
@@ -121,7 +141,7 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
         most,
     ]
     head, rows = [*head, "hours", "steps/s"], []
-    for name, group in load(folder).items():
+    for name, group in stored.settings.items():
         found = [numbers(run, known) for run in group]
         lengths = [_millions(run.lines[-1]["env_steps"]) for run in group]
         for run, length, row in zip(group, lengths, found, strict=True):
@@ -135,8 +155,8 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
 
 def course_table(folder: Path) -> str:
     """Rows per run: its first line, and the last line within each of `STATIONS` equal parts of it."""
-    rows = []
-    for setting, group in load(folder).items():
+    stored, rows = load(folder), []
+    for setting, group in stored.settings.items():
         for run in group:
             last = run.lines[-1]["env_steps"]
             within = [[x for x in run.lines if x["env_steps"] <= last * i // STATIONS] for i in range(STATIONS + 1)]
@@ -144,17 +164,17 @@ def course_table(folder: Path) -> str:
             for line in stations.values():
                 cells = [_number(runs.column([line], name)[0], digits) for name, digits in COURSE]
                 rows.append([setting, str(run.fields["seed"]), f"{line['env_steps']:,}", *cells])
-    return markdown.table(["agent", "seed", "steps", *(name for name, _ in COURSE)], rows)
+    return markdown.table([stored.agent, "seed", "steps", *(name for name, _ in COURSE)], rows)
 
 
-def measured(folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
+def measured(stored: Stored, folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
     """What <kind>-<update>.json of all runs below a folder hold: (setting, seed, contents) of each.
 
     Raises:
         RunError: there is no such file.
     """
     found = []
-    for setting, group in load(folder).items():
+    for setting, group in stored.settings.items():
         for run in group:
             files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1]))
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
@@ -165,7 +185,8 @@ def measured(folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 def probes_table(folder: Path) -> str:
     """A row per run and probed checkpoint: the error of each estimate."""
-    found = measured(folder, "probe")
+    stored = load(folder)
+    found = measured(stored, folder, "probe")
     names = {one["name"]: None for *_, result in found for one in result["estimates"]}
     columns = [*(name for name in names if name != probe.EXACT), probe.EXACT]
     rows = []
@@ -173,17 +194,18 @@ def probes_table(folder: Path) -> str:
         errors = {one["name"]: one["rmse"] for one in result["estimates"]}
         cells = [_number(errors.get(name, math.nan), 4) for name in columns]
         rows.append([setting, seed, _millions(result["env_steps"]), f"{result['mean_return']:.1f}", *cells])
-    return markdown.table(["agent", "seed", "steps", "return", *columns], rows)
+    return markdown.table([stored.agent, "seed", "steps", "return", *columns], rows)
 
 
 def causes_table(folder: Path) -> str:
     """A column per run and examined checkpoint, a row per number."""
-    found = measured(folder, "causes")
+    stored = load(folder)
+    found = measured(stored, folder, "causes")
     head = [f"{setting}, seed {seed}, {_millions(result['env_steps'])}" for setting, seed, result in found]
     names = sorted({name for *_, result in found for name in result["numbers"]})
     cell = lambda value: "-" if value is None else f"{value:.2g}"
     rows = [[name, *(cell(result["numbers"].get(name)) for *_, result in found)] for name in names]
-    return markdown.table(["", *head], rows)
+    return markdown.table([stored.agent.removeprefix("agent").strip(" ()"), *head], rows)
 
 
 def _millions(steps: int) -> str:

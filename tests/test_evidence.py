@@ -333,6 +333,17 @@ def test_tables_hold_what_the_files_say(tmp_path):
     assert tables.stale((tmp_path / "page.md",), tmp_path) == [tmp_path / "page.md"]
 
 
+def test_what_most_settings_have_is_said_once(tmp_path):
+    for number, fields in enumerate(({}, {"num_particles": 1}, {"h_dim": 8})):
+        write_run(
+            tmp_path / "hike" / str(number), "dvrl", 0, [-250.0], [5.0], **{f"model.{k}": v for k, v in fields.items()}
+        )
+    lines = tables.generate("<!-- table: hike -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
+    cells = [line.split(" | ")[0] for line in (lines[0], *lines[2:])]
+    assert cells[0] == "| agent (if not said, h_dim 256, num_particles 10)"
+    assert sorted(cells[1:]) == ["| DVRL", "| DVRL, h_dim 8", "| DVRL, num_particles 1"]
+
+
 def test_settings_have_rows_and_what_was_measured_of_them_has_tables(tmp_path):
     for count in (1, 10):
         fields = {"model.num_particles": count}
