@@ -21,7 +21,6 @@ and `summarise` take a tape besides, to which they hand their costly products, a
 
 import abc
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
@@ -114,7 +113,7 @@ class Agent(nnx.Module, abc.ABC):
     """
 
     name: str | None = None
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: Mapping[str, Any] = {}
     has_lineages = False
 
     def __init__(self, config, observation: ObservationSpec, action: ActionSpec, *, rngs: nnx.Rngs):

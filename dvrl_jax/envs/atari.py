@@ -7,7 +7,6 @@ Emulator state cannot be saved: a resumed run starts new games.
 """
 
 import functools
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ class Atari(Environment):
     the last call, which tells a late reset.
     """
 
-    settings = MappingProxyType({"frame_skip": 4})
+    settings = {"frame_skip": 4}
     observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
     restorable = False
 

@@ -6,7 +6,6 @@ An environment is an object with static facts (`num_envs`, `observation`, `actio
 
 import abc
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +67,7 @@ class Environment(abc.ABC):
     """
 
     name: str | None = None
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: Mapping[str, Any] = {}
     num_envs: int
     observation: ObservationSpec
     action: ActionSpec

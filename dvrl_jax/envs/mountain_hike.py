@@ -5,7 +5,6 @@ random is drawn from the key in the state, so a saved state continues exactly.
 """
 
 import math
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +65,7 @@ class MountainHike(Environment):
     """`num_envs` hikers; `observation_std` is the noise of a position reading in units of the box (0, 0.15, 0.3)."""
 
     name = "MountainHike"
-    settings = MappingProxyType({"observation_std": 0.0})
+    settings = {"observation_std": 0.0}
     observation = ObservationSpec((2,), jnp.float32)
     action = ActionSpec(discrete=False, size=2)
     restorable = True
