@@ -17,12 +17,14 @@ VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the vid
 
 
 def main() -> int:
-    from dvrl_jax import evaluation, pictures
+    from dvrl_jax import envs, evaluation, pictures
 
     path = Path(WORKDIR.value)
     video = Path(VIDEO.value) if VIDEO.value else None
     if video:
         pictures.check_path(video)
+        config = evaluation.read_run_config(path, default.get_config())
+        pictures.painter_for(envs.make_env(config.env, 1, SEED.value))
     args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
     result = evaluation.evaluate(path, default.get_config(), *args)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
@@ -30,8 +32,10 @@ def main() -> int:
     print(f"return {result['mean']:.2f}{error} (mean and standard error)")
     print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
     print(f"{result['mean_length']:.0f} steps per game")
+    evaluation.store(path, result)
     if video:
-        evaluation.draw(path, default.get_config(), video, VIDEO_STEPS.value, *args[1:])
+        shown = (GREEDY.value, str(result["update"]), SEED.value)
+        evaluation.draw(path, default.get_config(), video, VIDEO_STEPS.value, *shown)
         print(video)
     return 0
 

@@ -19,6 +19,9 @@ def main() -> int:
     from dvrl_jax import config, plotting, runs
 
     paths = [Path(ROOT.value) / number for number in IDS.value] + [Path(name) for name in WORKDIRS.value]
+    paths = list({path.resolve(): path for path in paths}.values())  # A run that is named twice is one run.
+    if not METRICS.value:
+        raise runs.RunError("--metric: name at least one metric, for example --metric result.true")
     if not paths:
         raise runs.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
     defaults = config.flatten(default.get_config())
@@ -26,11 +29,13 @@ def main() -> int:
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
-    out = Path(OUT.value or f"plots/{'_'.join(path.name for path in paths)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(OUT.value.removesuffix(".png").removesuffix(".svg") if OUT.value else f"plots/{plotting.name_of(paths)}")
     for ending in ("png", "svg"):
-        figure.savefig(f"{out}.{ending}", dpi=150)
-        print(f"{out}.{ending}")
+        file = Path(f"{out}.{ending}")
+        with runs.writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, dpi=150)
+        print(file)
     return 0
 
 

@@ -21,6 +21,7 @@ SEEDS = flags.DEFINE_integer("seeds", 5, "Train with seeds 0 .. this - 1.", lowe
 STEPS = flags.DEFINE_integer("steps", None, "Environment steps per run, instead of the configuration's.", lower_bound=1)
 ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the table and the figures go.")
 
+FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
 MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
 
@@ -115,16 +116,18 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
 
 
 def report(chosen: list[Experiment], root: Path) -> None:
-    """Prints and writes the table, and draws a figure for every comparison that has runs."""
+    """Prints and writes the table of all experiments that have runs, and draws comparisons of the chosen ones."""
     from dvrl_jax import plotting
 
     seeds = range(SEEDS.value)
-    results = [experiments.result_of(root, experiment, seeds, STEPS.value) for experiment in chosen]
+    tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
+    results = [experiments.result_of(root, experiment, seeds, STEPS.value) for experiment in tried]
     text = experiments.table(results)
     print(f"\nresult.true (mean over the last 100 games) at the end, over finished seeds:\n\n{text}")
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "results.md").write_text(text)
-    (root / "results.json").write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    with runs.writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "results.md").write_text(text)
+        (root / "results.json").write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
     names = {experiment.name for experiment in chosen}
     for comparison, members in experiments.COMPARISONS.items():
         there = [experiments.EXPERIMENTS[name] for name in members if name in names]
@@ -141,6 +144,10 @@ def report(chosen: list[Experiment], root: Path) -> None:
 
 
 def main() -> int:
+    if MEASURE.value and not LIST.value:
+        raise runs.RunError("--measure: goes with --list, which shows what it measures")
+    if FLAGS["only"].present and not ONLY.value:
+        raise runs.RunError("--only: names no experiment; leave it out for all of them")
     chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
     if LIST.value:
         show(chosen, root)

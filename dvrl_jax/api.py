@@ -1,6 +1,8 @@
 """Configurations, environments, agents and training as functions: what `import dvrl_jax` offers to a notebook."""
 
 import importlib
+import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +31,20 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     """
     try:
         module = importlib.import_module(f"configs.{name}")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("configs", f"configs.{name}"):
+            raise
         message = f"{name}: there is no configs/{name}.py in the working directory or on sys.path"
         raise config_lib.ConfigError(message) from None
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        raise config_lib.ConfigError(f"{name}: {', '.join(arguments) or 'no argument'}: {error}") from None
     default = importlib.import_module("configs.default").get_config()
+    # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.load(config_lib.merge(module.get_config(*arguments), values), default)
+    whole = config_lib.flatten(module.get_config(*arguments)) | values
+    return config_lib.load(config_lib.merge(default, whole), default)
 
 
 def make_env(
@@ -61,12 +71,14 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
     returned before, it continues from there; that state's buffers are donated and cannot be used again.
 
     Raises:
+        TypeError: by `train`, if `num_updates` is no whole number.
         RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite.
     """
     learner = a2c.make_learner(config, env)
     program = compilation.jit(learner.run, config)
 
     def train(seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None):
+        num_updates = operator.index(num_updates)
         if state is None:
             with compilation.cached(True):
                 state = learner.init(jax.random.PRNGKey(seed))

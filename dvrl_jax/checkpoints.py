@@ -207,6 +207,8 @@ class Checkpoints:
         for path in sorted(self.directory.glob("[0-9]*/metrics/metrics")):
             try:
                 float(json.loads(path.read_bytes())["result.true"])
+            except FileNotFoundError:
+                continue  # Training has just replaced this checkpoint by another one.
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 if read_only:
                     raise RunError(f"{path}: is damaged ({_in_one_line(error)})") from None

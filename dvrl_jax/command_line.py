@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dvrl_jax.config import ConfigError, check_fields, load, with_settings
+from dvrl_jax.discovery import DiscoveryError
 from dvrl_jax.runs import RunError
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
@@ -26,7 +27,14 @@ def define_config() -> None:
 
 
 def config_and_overrides():
-    """The configuration given on the command line (None without one) and its explicit overrides by dotted name."""
+    """The configuration given on the command line (None without one) and its explicit overrides by dotted name.
+
+    Raises:
+        ConfigError: the file returns something else.
+    """
+    if FLAGS["config"].present and not isinstance(FLAGS.config, ConfigDict):
+        returned = type(FLAGS.config).__name__
+        raise ConfigError(f"--config: get_config of that file returns {returned}, and must return a ConfigDict")
     if FLAGS.config is None:
         return None, {}
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
@@ -53,11 +61,13 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             _check_config_arguments(argv[1:], default)
-            rest = app.parse_flags_with_usage(argv)
+            rest = FLAGS(argv)
             if len(rest) > 1:
                 raise ConfigError(f"{rest[1]}: unexpected argument; settings are given as --config.group.field=value")
             return rest
-        except ConfigError as error:
+        except flags.Error as error:
+            _fail(ConfigError(_in_one_sentence(error)))
+        except (ConfigError, DiscoveryError) as error:
             _fail(error)
 
     def guarded(argv: list[str]) -> int:
@@ -67,7 +77,7 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
             logging.set_verbosity(logging.ERROR)  # Orbax reports every file that it touches.
         try:
             return main()
-        except (ConfigError, RunError) as error:
+        except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
 
     app.run(guarded, flags_parser=parse)
@@ -88,13 +98,30 @@ def _fail(error: Exception):
     sys.exit(USAGE_ERROR)
 
 
+def _in_one_sentence(error: flags.Error) -> str:
+    """What absl and ml_collections say; of a mistake in a configuration file, which they report whole, the end."""
+    text = str(error).strip()
+    if "\n" not in text:
+        return text
+    reason = text.splitlines()[-1].strip()
+    named = re.search(r"--config=([^:\s]+)(?::([^:\s]*))?", text)
+    if not named:
+        return f"{text.splitlines()[0]} {reason}"
+    file, argument = named.groups()
+    if argument is not None and reason.startswith("TypeError: get_config()"):
+        return f"--config={file}:{argument}: the file does not take {argument!r} as an argument"
+    lines = [line for path, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(path) == Path(file)]
+    return f"{file}{f', line {lines[-1]}' if lines else ''}: {reason}"
+
+
 def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
     check_fields(fields, with_settings(default))
     if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        argument = f"--config={following}" if argument in ("--config", "-config") else argument
         match = re.match(r"--?config=([^:]*)", argument)
         if match and not Path(match[1]).is_file():
             available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))

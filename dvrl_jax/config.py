@@ -69,6 +69,8 @@ def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     for field, value in values.items():
         if isinstance(known[field], tuple) and isinstance(value, list):
             value = tuple(value)
+        if isinstance(value, np.generic):
+            value = value.item()
         if not _same_type(known[field], value):
             raise ConfigError(f"{field} = {_short(value)}: must be of type {type(known[field]).__name__}")
         if isinstance(known[field], float) and abs(value) > _LARGEST_FLOAT:
@@ -100,7 +102,7 @@ def _suggestion(word: str, known) -> str:
 
 def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
-    return envs.find(config.env.name).observation_of(config.env).is_image
+    return envs.find(config.env.name).observation_of(config.env, config.num_envs).is_image
 
 
 def load(config: ConfigDict, default: ConfigDict) -> ConfigDict:
@@ -109,7 +111,15 @@ def load(config: ConfigDict, default: ConfigDict) -> ConfigDict:
     Raises:
         ConfigError: a field is unknown, or its value impossible or of another type than in `default`.
     """
-    return finalise(merge(default, flatten(config)))
+    merged = merge(default, flatten(config))
+    for group, kind in (("env", envs.named().get(merged.env.name)), ("model", agents.named().get(merged.algorithm))):
+        for setting, value in (kind.settings if kind else {}).items():
+            if default[group].get(setting, value) != value:
+                raise ConfigError(
+                    f"{group}.{setting}: is {_short(default[group][setting])} by default, but {_short(value)} in the "
+                    f"settings of {kind.name}, which must call it something else"
+                )
+    return finalise(merged)
 
 
 def finalise(config: ConfigDict) -> ConfigDict:
@@ -180,9 +190,11 @@ def _check(c: ConfigDict) -> None:
     times = c.log.predicted_times
     valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
     require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
+    if not agents.named()[c.algorithm].predicts(c.model):
+        nothing = "an RNN without model.obs_loss_coef" if c.algorithm == "rnn" else f"{c.algorithm}"
+        rule = f"0 for {nothing}, which predicts nothing"
+        require("log.save_reconstruction_interval", c.log.save_reconstruction_interval == 0, rule)
     if c.algorithm == "rnn":
-        predicts = c.model.obs_loss_coef > 0 or c.log.save_reconstruction_interval == 0
-        require("log.save_reconstruction_interval", predicts, _RNN_RECONSTRUCTION)
         if c.model.obs_loss_coef == 0:
             require("loss.encoding_coef", c.loss.encoding_coef == 0, _RNN_ENCODING)
         else:
@@ -193,9 +205,9 @@ def _check(c: ConfigDict) -> None:
     close = "" if kind else _suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
     try:
-        shape = kind.observation_of(c.env).shape
+        shape = kind.observation_of(c.env, c.num_envs).shape
     except ValueError as error:
-        raise ConfigError(f"env: {c.env.name} cannot be made ({error})") from None
+        raise ConfigError(f"env: {c.num_envs} of {c.env.name} cannot be made ({error})") from None
     try:
         networks.encoded_shape(shape, channels)
     except ValueError as error:
@@ -204,7 +216,6 @@ def _check(c: ConfigDict) -> None:
 
 _RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
 _RNN_NO_ENCODING = "greater than 0 for an RNN with model.obs_loss_coef, whose observation loss it multiplies too"
-_RNN_RECONSTRUCTION = "0 for an RNN without model.obs_loss_coef, which predicts nothing"
 
 
 def _is_number(value: Any) -> bool:

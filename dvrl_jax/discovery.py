@@ -5,14 +5,37 @@ import pkgutil
 from collections.abc import Iterator
 
 
+class DiscoveryError(RuntimeError):
+    """A module that cannot be used; the message is one sentence that names it."""
+
+
 def named(base: type, package: str) -> dict[str, type]:
     """The subclasses of `base` that have a `name` of their own, by that name.
 
-    All modules of the package (its dotted name) are imported first; classes imported from elsewhere count too.
+    All modules of the package (its dotted name) are imported first; classes imported from elsewhere count too. Of a
+    class that was defined again in the same module, as in a notebook, the latest counts.
+
+    Raises:
+        DiscoveryError: a module cannot be imported, or two of them use the same name.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
-    return {vars(kind)["name"]: kind for kind in _subclasses(base) if vars(kind).get("name") is not None}
+        try:
+            importlib.import_module(f"{package}.{module.name}")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DiscoveryError(f"{package}.{module.name}: cannot be imported ({reason})") from error
+    found: dict[str, type] = {}
+    for kind in _subclasses(base):
+        name = vars(kind).get("name")
+        if name is None:
+            continue
+        modules = {kind.__module__, found.get(name, kind).__module__}
+        if len(modules) > 1:
+            raise DiscoveryError(
+                f"{' and '.join(sorted(modules))}: both call a class {name!r}; give one another `name`"
+            )
+        found[name] = kind
+    return found
 
 
 def _subclasses(kind: type) -> Iterator[type]:

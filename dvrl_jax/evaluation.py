@@ -69,11 +69,18 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
     Raises:
         RunError: there is no such checkpoint, or it does not fit.
     """
-    saver = checkpoints.Checkpoints(path / "checkpoints", keep=1, read_only=True)
-    step = saver.find(checkpoint)
     agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
     graphdef, params, batch_stats = nnx.split(agent, nnx.Param, nnx.BatchStat)
-    agent = nnx.merge(graphdef, *saver.restore_weights(step, params, batch_stats))
+    while True:
+        saver = checkpoints.Checkpoints(path / "checkpoints", keep=1, read_only=True)
+        step = saver.find(checkpoint)
+        try:
+            weights = saver.restore_weights(step, params, batch_stats)
+            break
+        except runs.RunError:
+            if (path / "checkpoints" / str(step)).exists():
+                raise  # Else training has just replaced it by another one.
+    agent = nnx.merge(graphdef, *weights)
     agent.use_running_average = True
     return agent, step
 
@@ -108,24 +115,34 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
 def evaluate(
     path: Path, default: ConfigDict, episodes: int, greedy: bool, checkpoint: str, seed: int
 ) -> dict[str, Any]:
-    """Plays `episodes` games with a run's checkpoint; returns and stores the summary in the run's directory.
-
-    The file is `evaluation-<update>-seed<seed>.json`, or `evaluation-<update>-greedy-seed<seed>.json`.
-    """
+    """Plays `episodes` games with a run's checkpoint and returns the summary."""
     config = read_run_config(path, default)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = load_agent(path, config, env, checkpoint)
     games = play(agent, env, jax.random.PRNGKey(seed), greedy)
-    summary = {"update": update, "greedy": greedy, "seed": seed} | games.summary()
-    kind = "-greedy" if greedy else ""
-    (path / f"evaluation-{update}{kind}-seed{seed}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    return {"update": update, "greedy": greedy, "seed": seed} | games.summary()
+
+
+def store(path: Path, summary: dict[str, Any]) -> None:
+    """Writes a summary to `evaluation-<update>[-greedy]-seed<seed>.json` in the run's directory.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    kind = "-greedy" if summary["greedy"] else ""
+    file = path / f"evaluation-{summary['update']}{kind}-seed{summary['seed']}.json"
+    with runs.writing(file):
+        file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def draw(
     path: Path, default: ConfigDict, video: Path, max_steps: int, greedy: bool, checkpoint: str, seed: int
 ) -> recording.Recording:
-    """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows."""
+    """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows.
+
+    Raises:
+        RunError: nobody can draw it, or the file cannot be written.
+    """
     config = read_run_config(path, default)
     env = envs.make_env(config.env, 1, seed, keep_view=True)
     painter = pictures.painter_for(env)

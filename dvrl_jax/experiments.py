@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dvrl_jax import config as config_lib
-from dvrl_jax import markdown, runs
+from dvrl_jax import envs, markdown, runs
 
 GAMES = (
     "Pong",
@@ -225,7 +225,7 @@ def program_of(fields: Mapping[str, Any]) -> str:
     All Atari games count as one; emulating any of them is cheap beside learning.
     """
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not k.startswith(SAME_PROGRAM)}
-    if kept["env.name"] != "MountainHike":
+    if kept["env.name"] not in envs.named():
         kept["env.name"] = "Atari"
     return json.dumps(kept, sort_keys=True)
 

@@ -58,6 +58,13 @@ def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
     return Run(path, dict(defaults) | fields, runs.read_metrics(path))
 
 
+def name_of(paths: list[Path], longest: int = 100) -> str:
+    """A file's name for a plot of these runs: their directories' names, or the first and the last of many."""
+    names = [path.resolve().name for path in paths]
+    whole = "_".join(names)
+    return whole if len(whole) <= longest else f"{names[0]}_to_{names[-1]}"[:longest]
+
+
 def check_metric(loaded: list[Run], name: str) -> None:
     """Raises RunError, listing what exists, if no run has logged a metric of that name."""
     known = {key for run in loaded for line in run.lines for key in line} - {"final"}
@@ -103,12 +110,12 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
         values = np.array(runs.column(run.lines, metric), float)
         kept = np.isfinite(values)
         series.append((steps[kept], _smoothed(values[kept], smooth)))
-    if len(series) == 1:
-        return Curve(label, *series[0], None)
-    label = f"{label} ({len(series)} seeds)"
     series = [(x, y) for x, y in series if x.size]
     if not series:  # No value yet, such as a return before any episode has ended.
         return Curve(label, np.array([]), np.array([]), None)
+    if len(series) == 1:
+        return Curve(label, *series[0], None)
+    label = f"{label} ({len(series)} seeds)"
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
     values = np.stack([np.interp(grid, x, y) for x, y in series])

@@ -93,13 +93,13 @@ def rewind(path: Path, update: int) -> None:
 def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
     """The stored arrays of the first environments as a picture, uint8 [height, width, 1 or 3].
 
-    `name` is what configurations call the environment; None if nobody knows how to draw it.
+    `name` is what configurations call the environment; None if nobody knows how to draw it, or nothing is predicted.
     """
     from dvrl_jax import pictures  # Takes a moment to import, and most runs draw nothing.
 
     observation = arrays["observation"][:MAX_SHOWN]
     painter = pictures.find_painter(envs.find(name), is_image=observation.ndim == 4)
-    if painter is None:
-        return None
     times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))
+    if painter is None or not times:
+        return None
     return painter.predictions(observation, {dt: arrays[f"prediction_{dt}"][:MAX_SHOWN] for dt in times})

@@ -26,16 +26,21 @@ class RunError(RuntimeError):
 
 
 def next_directory(root: Path = SAVED_RUNS) -> Path:
-    """Creates and returns `root/<next number>`; safe against other processes doing the same."""
-    root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
-    while True:
-        number += 1
-        try:
-            (root / str(number)).mkdir()
-            return root / str(number)
-        except FileExistsError:
-            continue
+    """Creates and returns `root/<next number>`; safe against other processes doing the same.
+
+    Raises:
+        RunError: it cannot be created.
+    """
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
+        while True:
+            number += 1
+            try:
+                (root / str(number)).mkdir()
+                return root / str(number)
+            except FileExistsError:
+                continue
 
 
 class RunDirectory:
@@ -83,7 +88,7 @@ class RunDirectory:
             RunError: it cannot be written.
         """
         finite = {name: _finite(value) for name, value in line.items()}
-        with _writing(self.metrics_path), open(self.metrics_path, "a") as file:
+        with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -161,7 +166,8 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with writing a file or directory into a RunError that names it."""
     try:
         yield
     except OSError as error:
@@ -175,7 +181,7 @@ def _replace(path: Path, text: str) -> None:
         RunError: it cannot be written; the old content stays.
     """
     temporary = path.with_name(path.name + ".new")
-    with _writing(path):
+    with writing(path):
         with open(temporary, "w") as file:
             file.write(text)
             file.flush()

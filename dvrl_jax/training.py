@@ -50,10 +50,11 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
         settled = config_lib.flatten(given)  # What follows from other fields was settled in the stored one too.
         wanted = {field: settled[field] for field in wanted if field in settled}
     fields = config_lib.flatten(config)
-    for field, value in wanted.items():
-        if fields[field] != value and not config_lib.is_changeable(field):
+    # First of all another task or agent: its other fields need not exist in this run.
+    for field, value in sorted(wanted.items(), key=lambda x: x[0] not in ("algorithm", "env.name")):
+        if fields.get(field) != value and not config_lib.is_changeable(field):
             raise config_lib.ConfigError(
-                f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields[field]!r}"
+                f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
             )
     return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
 
@@ -101,7 +102,7 @@ def _seed_of_episodes(seed: int, update: int) -> int:
 
 
 def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
-    print(config_lib.describe(config, default))
+    print(config_lib.describe(config, config_lib.with_settings(default)))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
     print(f"{networks.count_parameters(state.params):,} parameters, on {device.platform} ({device.device_kind})")

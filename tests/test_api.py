@@ -27,6 +27,8 @@ def test_everything_that_is_offered_exists():
 def test_wrong_names_are_answered_in_one_sentence():
     with pytest.raises(ConfigError, match=r"no configs/nothing\.py"):
         dvrl_jax.make_config("nothing")
+    with pytest.raises(ConfigError, match="pong_dvrl: Asteroids: too many positional arguments"):
+        dvrl_jax.make_config("pong_dvrl", "Asteroids")
     with pytest.raises(ConfigError, match=r"model\.h_dm: there is no such field; did you mean model\.h_dim"):
         dvrl_jax.make_config("mountain_hike_rnn", model__h_dm=3)
 
@@ -52,6 +54,12 @@ def test_training_that_diverges_stops_and_says_why():
     train = dvrl_jax.make_train(config, dvrl_jax.make_env(config))
     with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were not finite$"):
         train(num_updates=50)
+
+
+def test_a_number_of_updates_is_whole():
+    config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL)
+    with pytest.raises(TypeError, match="float"):
+        dvrl_jax.make_train(config, dvrl_jax.make_env(config))(num_updates=2.5)
 
 
 def test_the_notebook_runs(monkeypatch):

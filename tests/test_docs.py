@@ -146,17 +146,43 @@ def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
 
     config = "--config=configs/remember_the_light.py"
     said = run("train.py", config, "--config.env.steps=1", code=2)
-    assert said == "error: env: RememberTheLight cannot be made (env.steps must be at least 2)\n"
+    assert said == "error: env: 16 of RememberTheLight cannot be made (env.steps must be at least 2)\n"
     said = run("train.py", config, "--config.model.first_rate=1", code=2)
     assert said == "error: model.first_rate: there is no such field\n"
     small = ["--config.total_env_steps=320", "--config.log.interval=2", "--config.model.h_dim=8"]
     changed = ["--config.env.steps=8", "--config.algorithm=averager", "--config.model.first_rate=1"]
+    images = "--config.log.save_reconstruction_interval=2"
+    said = run("train.py", config, *small, *changed, images, code=2)
+    assert "log.save_reconstruction_interval = 2: must be 0 for averager, which predicts nothing" in said
     assert "320 steps (100.0%)" in run("train.py", config, *small, *changed)
     assert "640 steps (100.0%)" in run("train.py", config, *changed, "--config.total_env_steps=640")
     fields = json.loads((tmp_path / "run" / "config.json").read_text())
     expected = {"env.name": "RememberTheLight", "env.steps": 8, "algorithm": "averager", "model.first_rate": 1.0}
     assert expected.items() <= fields.items()
     assert "8 steps per game" in run("evaluate.py", "--episodes=3")
+    said = run("evaluate.py", "--episodes=3", "--video=game.png", code=2)
+    assert said == "error: there is no picture of RememberTheLight; its class needs a `painter` (docs/extending.md)\n"
+    mountain = "--config=configs/mountain_hike_rnn.py"
+    assert "algorithm = 'rnn': contradicts the run in run" in run("train.py", mountain, code=2)
+
+    def refused(text: str, message: str) -> None:
+        """With a module of this text among the environments."""
+        file = tmp_path / "dvrl_jax" / "envs" / "another.py"
+        file.write_text(text)
+        assert run("train.py", mountain, "--workdir=other", code=2).startswith(f"error: {message}")
+        assert not (tmp_path / "other").exists()
+        file.unlink()
+
+    refused("def", "dvrl_jax.envs.another: cannot be imported (SyntaxError: ")
+    clash = "dvrl_jax.envs.another and dvrl_jax.envs.remember_the_light: both call a class 'RememberTheLight'"
+    refused(environment, clash)
+    refused(
+        environment.replace('"RememberTheLight"', '"Pong"'), "dvrl_jax.envs.another: calls a class 'Pong', which is"
+    )
+    file = tmp_path / "dvrl_jax" / "envs" / "remember_the_light.py"
+    file.write_text(environment.replace('{"steps": 4}', '{"steps": 4, "frame_skip": 1}'))
+    said = run("train.py", "--config=configs/remember_the_light.py", "--workdir=other", code=2)
+    assert said.startswith("error: env.frame_skip: is 4 by default, but 1 in the settings of RememberTheLight")
 
 
 def console_examples() -> list[tuple[str, str]]:

@@ -161,6 +161,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     summary = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert summary["update"] == best and summary["episodes"] == 7
     assert summary["lengths"] == [75] * 7
+    evaluation.store(tmp_path, summary)
     assert json.loads((tmp_path / f"evaluation-{best}-seed3.json").read_text()) == summary
     again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary

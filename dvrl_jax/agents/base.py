@@ -259,9 +259,19 @@ class Agent(nnx.Module, abc.ABC):
     def summarise(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
         """The belief as one vector per environment, [B, H]; learning asks for several steps at once, [T, B, H]."""
 
-    @abc.abstractmethod
+    @classmethod
+    def predicts(cls, config) -> bool:
+        """Whether such an agent, as `config` (the `model` group of a configuration) has it, can `predict`."""
+        del config
+        return cls.predict is not Agent.predict
+
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
-        """Expected observations {dt: [B, ...]} for each dt in `times`: 0 is the reconstruction of the last one."""
+        """Expected observations {dt: [B, ...]} for each dt in `times`: 0 is the reconstruction of the last one.
+
+        An agent that predicts nothing has none.
+        """
+        del last, times, key
+        return {}
 
     def look_ahead(
         self, step: Callable[["Agent", Array, Array], tuple[Array, Array]], h: Array, times: tuple[int, ...]

@@ -94,6 +94,10 @@ class RNN(Agent):
         """Expected observation [B, ...] under the decoder's output: pixel probabilities, or means."""
         return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
 
+    @classmethod
+    def predicts(cls, config) -> bool:
+        return config.obs_loss_coef > 0
+
     def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Decodes, re-encodes and advances h; nothing can be predicted without the observation loss."""
         del key

@@ -5,11 +5,20 @@ from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
 from dvrl_jax.envs.flicker import Flicker
 from dvrl_jax.envs.mountain_hike import MountainHike
+from dvrl_jax.runs import RunError
 
 
 def named() -> dict[str, type[Environment]]:
-    """The environments that have a name of their own: all but the Atari games."""
-    return discovery.named(Environment, __name__)
+    """The environments that have a name of their own: all but the Atari games.
+
+    Raises:
+        DiscoveryError: one of them cannot be used, or is called like an Atari game.
+    """
+    found = discovery.named(Environment, __name__)
+    for name, kind in found.items():
+        if kind is not MountainHike and name in game_names():
+            raise discovery.DiscoveryError(f"{kind.__module__}: calls a class {name!r}, which is an Atari game")
+    return found
 
 
 def find(name: str) -> type[Environment] | None:
@@ -21,8 +30,14 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Envir
     """Makes the environment that `config` (the `env` group of a configuration) describes.
 
     With `keep_view`, `Environment.view` shows the true state also where observations are blanked.
+
+    Raises:
+        RunError: it cannot be made so.
     """
-    env = find(config.name).from_config(config, num_envs, seed)
+    try:
+        env = find(config.name).from_config(config, num_envs, seed)
+    except ValueError as error:
+        raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
     return Flicker(env, config.p_blank, keep_view) if config.p_blank > 0 else env
 
 

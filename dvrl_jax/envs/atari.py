@@ -69,7 +69,7 @@ class Atari(Environment):
         return cls(config.name, num_envs, seed, config.frame_skip)
 
     @classmethod
-    def observation_of(cls, config) -> ObservationSpec:
+    def observation_of(cls, config, num_envs: int) -> ObservationSpec:
         return cls.observation
 
     def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4):

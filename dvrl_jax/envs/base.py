@@ -85,9 +85,9 @@ class Environment(abc.ABC):
         return cls(num_envs, **{setting: config[setting] for setting in cls.settings})
 
     @classmethod
-    def observation_of(cls, config) -> ObservationSpec:
+    def observation_of(cls, config, num_envs: int) -> ObservationSpec:
         """What observations are like as `config` has it; here, makes an environment to see. Raises as `from_config`."""
-        return cls.from_config(config, num_envs=1, seed=0).observation
+        return cls.from_config(config, num_envs, seed=0).observation
 
     @classmethod
     def painter(cls) -> Any:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from dvrl_jax import runs
 from dvrl_jax.envs import Environment
 from dvrl_jax.pictures.frames import FramePainter
 from dvrl_jax.pictures.hike import HikePainter
@@ -49,7 +50,8 @@ def painter_for(env: Environment) -> Painter:
     """
     painter = find_painter(env, env.observation.is_image)
     if painter is None:
-        raise RunError(f"--video: there is no picture of {env.name}; its class needs a `painter` (docs/extending.md)")
+        name = env.name or type(env).__name__
+        raise RunError(f"there is no picture of {name}; its class needs a `painter` (docs/extending.md)")
     return painter
 
 
@@ -67,15 +69,16 @@ def write(path: Path, painter: Painter, recording: Recording) -> None:
     """Writes a recording as MP4 (all steps), GIF (all steps) or PNG (one still), by the name's ending.
 
     Raises:
-        RunError: the ending is another one, or MP4 is not installed.
+        RunError: the ending is another one, MP4 is not installed, or the file cannot be written.
     """
     check_path(path)
-    if path.suffix == ".png":
-        Image.fromarray(painter.still(recording)).save(path, optimize=True)
-    elif path.suffix == ".gif":
-        _write_gif(path, painter.frames(recording), painter.fps)
-    else:
-        _write_mp4(path, painter.frames(recording), painter.fps)
+    with runs.writing(path):
+        if path.suffix == ".png":
+            Image.fromarray(painter.still(recording)).save(path, optimize=True)
+        elif path.suffix == ".gif":
+            _write_gif(path, painter.frames(recording), painter.fps)
+        else:
+            _write_mp4(path, painter.frames(recording), painter.fps)
 
 
 def _write_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:

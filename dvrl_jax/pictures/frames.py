@@ -38,7 +38,7 @@ class FramePainter:
 
     def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
         """A row per environment, left to right the observation and the predictions by time."""
-        columns = [to_uint8(images) for images in (observation, *(predicted[dt] for dt in sorted(predicted)))]
+        columns = [_visible(images) for images in (observation, *(predicted[dt] for dt in sorted(predicted)))]
         padded = [np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
         return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)
 
@@ -63,7 +63,8 @@ class FramePainter:
         for column, (label, image) in enumerate(images):
             x, y = self.margin + column * (self.side + self.gap), self.margin
             draw.text((x, y), label, INK, _font(14))
-            pixels = Image.fromarray(np.repeat(to_uint8(image), 3 // image.shape[-1], axis=-1))
+            shown = _visible(image)
+            pixels = Image.fromarray(np.repeat(shown, 3 // shown.shape[-1], axis=-1))
             canvas.paste(pixels.resize((self.side, self.side), Image.Resampling.NEAREST), (x, y + self.caption))
             edge = ORANGE if column == 1 and not recording.observed[t] else FAINT
             draw.rectangle((x - 1, y + self.caption - 1, x + self.side, y + self.caption + self.side), outline=edge)
@@ -84,15 +85,24 @@ class FramePainter:
             text = f"weights of {len(weights)} particles, effective sample size {size:.1f}"
             draw.text((lefts[0], top), text, INK, _font(14))
             _bars(draw, lefts[0], third, *bars, weights, BLUE)
-        draw.text((lefts[1], top), "action probabilities (orange: taken)", INK, _font(14))
-        taken = int(recording.action[t])
-        colours = [ORANGE if a == taken else BLUE for a in range(recording.policy.shape[1])]
-        _bars(draw, lefts[1], third, *bars, recording.policy[t], colours)
+        if recording.action.ndim > 1:
+            numbers = ", ".join(f"{x:.2f}" for x in recording.action[t])
+            draw.text((lefts[1], top), f"action {numbers}", INK, _font(14))
+        else:
+            draw.text((lefts[1], top), "action probabilities (orange: taken)", INK, _font(14))
+            taken = int(recording.action[t])
+            colours = [ORANGE if a == taken else BLUE for a in range(recording.policy.shape[1])]
+            _bars(draw, lefts[1], third, *bars, recording.policy[t], colours)
         score = recording.reward[:t].sum()
         draw.text((lefts[2], top), f"value {recording.value[t]:.2f}, step {t + 1}, score {score:g}", INK, _font(14))
         first = max(0, t + 1 - self.history)
         limits = (recording.value.min(), recording.value.max())
         _curve(draw, lefts[2], third, *bars, recording.value[first : t + 1], limits, self.history)
+
+
+def _visible(images: np.ndarray) -> np.ndarray:
+    """Images [..., c] as uint8 with 1 or 3 channels; of any other number, such as stacked frames, the last one."""
+    return to_uint8(images if images.shape[-1] in (1, 3) else images[..., -1:])
 
 
 def _bars(draw, left: int, width: int, top: int, bottom: int, values: np.ndarray, colours) -> None:
