@@ -126,6 +126,16 @@ def test_frames_show_the_game_beside_what_the_agent_got():
     assert len(list(painter.frames(without))) == 4
 
 
+def test_frames_of_any_number_of_channels_and_any_actions_are_drawn():
+    r, painter = frames_recording(), pictures.FramePainter()
+    stack = lambda images: np.concatenate([images] * 3 + [images // 2], axis=-1)
+    stacked = r._replace(view=stack(r.view), obs=stack(r.obs), predictions={}, action=np.full((4, 2), 0.25))
+    frame = next(iter(painter.frames(stacked)))
+    np.testing.assert_array_equal(painter.panel(frame, 0), r.view[0, :, :, 0] // 2)
+    batch = stack(r.obs)
+    assert painter.predictions(batch, {0: batch}).shape[-1] == 1
+
+
 def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, monkeypatch):
     with pytest.raises(runs.RunError, match=r"must end in one of \.mp4, \.gif, \.png"):
         pictures.check_path(tmp_path / "x.avi")

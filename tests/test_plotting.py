@@ -1,11 +1,16 @@
 """Runs are grouped by what differs between them, and curves average over seeds."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dvrl_jax import plotting, runs
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_run(path, steps, values, **fields):
@@ -60,3 +65,43 @@ def test_seeds_without_a_value_yet_are_drawn_as_nothing(tmp_path):
     curve = plotting.curve("rnn", both, "result.true")
     assert curve.steps.size == 0 and curve.spread is None
     plotting.plot(both, ["result.true"])
+
+
+def test_a_seed_without_values_is_not_counted(tmp_path):
+    both = [
+        write_run(tmp_path / str(seed), [10, 20], values, seed=seed) for seed, values in enumerate(([1, 2], [None] * 2))
+    ]
+    curve = plotting.curve("rnn", both, "result.true")
+    assert curve.label == "rnn" and curve.spread is None
+    np.testing.assert_array_equal(curve.mean, [1.0, 2.0])
+
+
+def plot(tmp_path, *arguments):
+    command = [sys.executable, ROOT / "plot.py", f"--root={tmp_path}", *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_that_is_named_twice_is_drawn_once(tmp_path):
+    write_run(tmp_path / "1", [10, 20], [1.0, 2.0])
+    result = plot(tmp_path, "--id=1,1", f"--workdir={tmp_path}/1", "--out=x.png")
+    assert result.returncode == 0 and result.stdout == "x.png\nx.svg\n", result.stderr
+    assert "seeds" not in (tmp_path / "x.svg").read_text()
+
+
+def test_plots_of_many_runs_have_a_name_that_files_can_have(tmp_path):
+    assert plotting.name_of([tmp_path / "1", tmp_path / "2"]) == "1_2"
+    assert plotting.name_of([tmp_path / str(i) for i in range(1000, 1090)]) == "1000_to_1089"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--id=1", "--metric="], "--metric: name at least one metric"),
+        (["--id=1", "--out=/proc/nothing/x"], "/proc/nothing/x.png: cannot be written"),
+    ],
+)
+def test_a_plot_that_cannot_be_made_is_refused(arguments, message, tmp_path):
+    write_run(tmp_path / "1", [10, 20], [1.0, 2.0])
+    result = plot(tmp_path, *arguments)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {message}"), result.stderr
+    assert result.stderr.count("\n") == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dvrl_jax import config as config_lib
 from dvrl_jax import experiments, runs
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,33 @@ def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, coun
 def test_an_unknown_name_is_refused():
     with pytest.raises(runs.RunError, match="nothing is called 'atari/Pnog'"):
         experiments.select(["atari/Pnog"])
+
+
+@pytest.mark.parametrize("argument", ["--measure", "--only="])
+def test_what_would_start_everything_by_mistake_is_refused(argument, tmp_path):
+    command = [sys.executable, "reproduce.py", f"--root={tmp_path / 'root'}", argument]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {argument.rstrip('=')}: "), result.stderr
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_table_keeps_what_was_run_before(tmp_path):
+    for experiment, value in (("hike/0.3/rnn", -120.0), ("hike/0.15/rnn", -110.0)):
+        run = runs.RunDirectory(experiments.workdir(tmp_path, experiments.EXPERIMENTS[experiment], 0))
+        run.append_metrics({"update": 1, "env_steps": 160, "result.true": value})
+        run.write_config(config_lib.to_json(experiments.load_config(experiments.EXPERIMENTS[experiment])))
+        run.close()
+        command = [
+            sys.executable,
+            "reproduce.py",
+            f"--root={tmp_path}",
+            f"--only={experiment}",
+            "--seeds=1",
+            "--steps=160",
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    table = (tmp_path / "results.md").read_text()
+    assert "| hike/0.3/rnn | 1 | -120.00 |" in table and "| hike/0.15/rnn | 1 | -110.00 |" in table
 
 
 def reproduce(root, *arguments):
