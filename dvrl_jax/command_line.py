@@ -120,7 +120,7 @@ def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     check_fields(fields, with_settings(default))
     if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         argument = f"--config={following}" if argument in ("--config", "-config") else argument
         match = re.match(r"--?config=([^:]*)", argument)
         if match and not Path(match[1]).is_file():
