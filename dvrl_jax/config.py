@@ -105,7 +105,7 @@ def sees_images(config: ConfigDict) -> bool:
     return envs.find(config.env.name).observation_of(config.env, config.num_envs).is_image
 
 
-def load(config: ConfigDict, default: ConfigDict) -> ConfigDict:
+def from_file(config: ConfigDict, default: ConfigDict) -> ConfigDict:
     """A configuration as its file made it, finalised.
 
     Raises:

@@ -244,7 +244,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     Returns (run directory, configuration).
     """
     if config is not None:
-        config = config_lib.load(config, default)
+        config = config_lib.from_file(config, default)
         if config.log.wandb:
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
