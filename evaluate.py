@@ -17,14 +17,12 @@ VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the vid
 
 
 def main() -> int:
-    from dvrl_jax import envs, evaluation, pictures
+    from dvrl_jax import evaluation
 
     path = Path(WORKDIR.value)
     video = Path(VIDEO.value) if VIDEO.value else None
     if video:
-        pictures.check_path(video)
-        config = evaluation.read_run_config(path, default.get_config())
-        pictures.painter_for(envs.make_env(config.env, 1, SEED.value))
+        evaluation.check_video(path, default.get_config(), video)
     args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
     result = evaluation.evaluate(path, default.get_config(), *args)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"

@@ -221,7 +221,7 @@ def run_worker(config, kind: str, seconds: float, **more: Any) -> dict[str, Any]
 
 
 def work(job: dict[str, Any]) -> None:
-    config = config_lib.finalise(config_lib.merge(default.get_config(), job["fields"]))
+    config = config_lib.from_fields(job["fields"], default.get_config())
     if job["kind"] == "ours":
         process.prepare(config)  # As `train.py` does.
         result = measure_ours(config, **job["settings"])

@@ -43,8 +43,7 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     default = importlib.import_module("configs.default").get_config()
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    whole = config_lib.flatten(module.get_config(*arguments)) | values
-    return config_lib.from_file(config_lib.merge(default, whole), default)
+    return config_lib.from_fields(config_lib.flatten(module.get_config(*arguments)) | values, default)
 
 
 def make_env(

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax.config import ConfigError, check_fields, from_file, with_settings
+from dvrl_jax.config import ConfigError, check_fields, flatten, from_fields, with_settings
 from dvrl_jax.discovery import DiscoveryError
 from dvrl_jax.runs import RunError
 
@@ -49,7 +49,7 @@ def required_config(default: ConfigDict) -> ConfigDict:
     config, _ = config_and_overrides()
     if config is None:
         raise ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
-    return from_file(config, default)
+    return from_fields(flatten(config), default)
 
 
 def run(main: Callable[[], int], default: ConfigDict) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,20 @@ def check_fields(names: Iterable[str], default: ConfigDict) -> None:
             raise ConfigError(f"{name}: there is no such field{_suggestion(name, known)}")
 
 
+def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]]:
+    """What environments and belief models of these names (None: all) can set: (name, group, setting, its default)."""
+    for group, kinds in (("env", envs.named()), ("model", agents.named())):
+        for name, kind in kinds.items():
+            if names is None or name in names:
+                yield from ((name, group, setting, value) for setting, value in kind.settings.items())
+
+
 def with_settings(default: ConfigDict, names: Iterable[Any] | None = None) -> ConfigDict:
     """A copy of `default` that has what environments and belief models of these names (None: all) can set besides."""
     config = default.copy_and_resolve_references()
-    for group, kinds in (("env", envs.named()), ("model", agents.named())):
-        for kind in (kind for name, kind in kinds.items() if names is None or name in names):
-            for setting, value in kind.settings.items():
-                if setting not in config[group]:
-                    config[group][setting] = value
+    for _, group, setting, value in _settings(names):
+        if setting not in config[group]:
+            config[group][setting] = value
     return config
 
 
@@ -105,21 +111,20 @@ def sees_images(config: ConfigDict) -> bool:
     return envs.find(config.env.name).observation_of(config.env, config.num_envs).is_image
 
 
-def from_file(config: ConfigDict, default: ConfigDict) -> ConfigDict:
-    """A configuration as its file made it, finalised.
+def from_fields(fields: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
+    """The finalised configuration that has these fields, by dotted name, and all others as in `default`.
 
     Raises:
         ConfigError: a field is unknown, or its value impossible or of another type than in `default`.
     """
-    merged = merge(default, flatten(config))
-    for group, kind in (("env", envs.named().get(merged.env.name)), ("model", agents.named().get(merged.algorithm))):
-        for setting, value in (kind.settings if kind else {}).items():
-            if default[group].get(setting, value) != value:
-                raise ConfigError(
-                    f"{group}.{setting}: is {_short(default[group][setting])} by default, but {_short(value)} in the "
-                    f"settings of {kind.name}, which must call it something else"
-                )
-    return finalise(merged)
+    config = merge(default, fields)
+    for name, group, setting, value in _settings([config.env.name, config.algorithm]):
+        if default[group].get(setting, value) != value:
+            raise ConfigError(
+                f"{group}.{setting}: is {_short(default[group][setting])} by default, but {_short(value)} in the "
+                f"settings of {name}, which must call it something else"
+            )
+    return finalise(config)
 
 
 def finalise(config: ConfigDict) -> ConfigDict:
@@ -191,7 +196,7 @@ def _check(c: ConfigDict) -> None:
     valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
     require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
     if not agents.named()[c.algorithm].predicts(c.model):
-        nothing = "an RNN without model.obs_loss_coef" if c.algorithm == "rnn" else f"{c.algorithm}"
+        nothing = "an RNN without model.obs_loss_coef" if c.algorithm == "rnn" else c.algorithm
         rule = f"0 for {nothing}, which predicts nothing"
         require("log.save_reconstruction_interval", c.log.save_reconstruction_interval == 0, rule)
     if c.algorithm == "rnn":

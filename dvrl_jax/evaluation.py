@@ -54,7 +54,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     if fields is None:
         raise runs.RunError(f"{path}: holds no run (there is no config.json)")
     try:
-        return config_lib.finalise(config_lib.merge(default, fields))
+        return config_lib.from_fields(fields, default)
     except config_lib.ConfigError as error:
         raise runs.RunError(f"{path / 'config.json'}: {error}") from None
 
@@ -112,6 +112,18 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
     raise runs.RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
 
 
+def check_video(path: Path, default: ConfigDict, video: Path) -> None:
+    """Makes sure that a picture of the run in `path` can be drawn and be written to `video`, before games are played.
+
+    Raises:
+        RunError: it cannot.
+    """
+    pictures.check_path(video)
+    config = read_run_config(path, default)
+    if pictures.find_painter(envs.find(config.env.name), config_lib.sees_images(config)) is None:
+        raise pictures.no_picture(config.env.name)
+
+
 def evaluate(
     path: Path, default: ConfigDict, episodes: int, greedy: bool, checkpoint: str, seed: int
 ) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def draw(
     """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows.
 
     Raises:
-        RunError: nobody can draw it, or the file cannot be written.
+        RunError: nobody can draw it, or the file cannot be written (see `check_video`).
     """
     config = read_run_config(path, default)
     env = envs.make_env(config.env, 1, seed, keep_view=True)

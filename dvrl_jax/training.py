@@ -40,18 +40,17 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     if stored is None:
         return given
     try:
-        config = config_lib.finalise(config_lib.merge(default, stored))
+        config = config_lib.from_fields(stored, default)
     except config_lib.ConfigError as error:
         raise runs.RunError(f"{run.config_path}: {error}") from None
-    wanted = dict(overrides)
+    wanted = overrides
     if given is not None:
-        # A configuration file for something else is a mistake, whatever else it sets.
-        wanted |= {"algorithm": given.algorithm, "env.name": given.env.name}
         settled = config_lib.flatten(given)  # What follows from other fields was settled in the stored one too.
-        wanted = {field: settled[field] for field in wanted if field in settled}
+        # A configuration file for something else is a mistake, whatever else it sets. That comes first, since what else
+        # it sets need not exist in this run.
+        wanted = {field: settled[field] for field in ("algorithm", "env.name", *overrides) if field in settled}
     fields = config_lib.flatten(config)
-    # First of all another task or agent: its other fields need not exist in this run.
-    for field, value in sorted(wanted.items(), key=lambda x: x[0] not in ("algorithm", "env.name")):
+    for field, value in wanted.items():
         if fields.get(field) != value and not config_lib.is_changeable(field):
             raise config_lib.ConfigError(
                 f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
@@ -244,7 +243,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
     Returns (run directory, configuration).
     """
     if config is not None:
-        config = config_lib.from_file(config, default)
+        config = config_lib.from_fields(config_lib.flatten(config), default)
         if config.log.wandb:
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():

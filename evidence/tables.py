@@ -61,11 +61,17 @@ class Stored(NamedTuple):
     Attributes:
         settings: runs by setting, which is said by what most of the others do not have; those of one setting differ in
         seed and length only.
-        agent: head of the column of settings, with what most of them have.
+        usual: what most settings have, "" if there is nothing.
     """
 
+    folder: Path
     settings: dict[str, list[plotting.Run]]
-    agent: str
+    usual: str
+
+    @property
+    def agent(self) -> str:
+        """Head of the column of settings."""
+        return f"agent ({self.usual})" if self.usual else "agent"
 
 
 def load(folder: Path) -> Stored:
@@ -92,7 +98,7 @@ def load(folder: Path) -> Stored:
         values = [say(field, fields[field]) for field in usual if fields[field] != usual[field]]
         settings[", ".join([fields["algorithm"].upper(), *values])] = group
     most = ", ".join(say(field, value) for field, value in usual.items() if value is not None)
-    return Stored(settings, f"agent (if not said, {most})" if most else "agent")
+    return Stored(folder, settings, f"if not said, {most}" if most else "")
 
 
 def value_at(lines: Lines, metric: str, steps: int) -> float:
@@ -167,8 +173,8 @@ def course_table(folder: Path) -> str:
     return markdown.table([stored.agent, "seed", "steps", *(name for name, _ in COURSE)], rows)
 
 
-def measured(stored: Stored, folder: Path, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """What <kind>-<update>.json of all runs below a folder hold: (setting, seed, contents) of each.
+def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """What <kind>-<update>.json of all runs hold: (setting, seed, contents) of each.
 
     Raises:
         RunError: there is no such file.
@@ -179,14 +185,14 @@ def measured(stored: Stored, folder: Path, kind: str) -> list[tuple[str, str, di
             files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1]))
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
-        raise runs.RunError(f"{folder}: none of its runs has a {kind}-<update>.json (python -m evidence.{kind})")
+        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>.json (python -m evidence.{kind})")
     return found
 
 
 def probes_table(folder: Path) -> str:
     """A row per run and probed checkpoint: the error of each estimate."""
     stored = load(folder)
-    found = measured(stored, folder, "probe")
+    found = measured(stored, "probe")
     names = {one["name"]: None for *_, result in found for one in result["estimates"]}
     columns = [*(name for name in names if name != probe.EXACT), probe.EXACT]
     rows = []
@@ -200,12 +206,12 @@ def probes_table(folder: Path) -> str:
 def causes_table(folder: Path) -> str:
     """A column per run and examined checkpoint, a row per number."""
     stored = load(folder)
-    found = measured(stored, folder, "causes")
+    found = measured(stored, "causes")
     head = [f"{setting}, seed {seed}, {_millions(result['env_steps'])}" for setting, seed, result in found]
     names = sorted({name for *_, result in found for name in result["numbers"]})
     cell = lambda value: "-" if value is None else f"{value:.2g}"
     rows = [[name, *(cell(result["numbers"].get(name)) for *_, result in found)] for name in names]
-    return markdown.table([stored.agent.removeprefix("agent").strip(" ()"), *head], rows)
+    return markdown.table([stored.usual, *head], rows)
 
 
 def _millions(steps: int) -> str:

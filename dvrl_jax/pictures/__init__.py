@@ -42,6 +42,11 @@ def find_painter(env: Environment | type[Environment], is_image: bool) -> Painte
     return env.painter() or (FramePainter() if is_image else None)
 
 
+def no_picture(name: str) -> RunError:
+    """What to raise where there is no painter for the environment of that name."""
+    return RunError(f"there is no picture of {name}; its class needs a `painter` (docs/extending.md)")
+
+
 def painter_for(env: Environment) -> Painter:
     """The painter of an environment.
 
@@ -50,8 +55,7 @@ def painter_for(env: Environment) -> Painter:
     """
     painter = find_painter(env, env.observation.is_image)
     if painter is None:
-        name = env.name or type(env).__name__
-        raise RunError(f"there is no picture of {name}; its class needs a `painter` (docs/extending.md)")
+        raise no_picture(env.name or type(env).__name__)
     return painter
 
 
@@ -113,4 +117,4 @@ def _ffmpeg():
     return imageio_ffmpeg
 
 
-__all__ = ["FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "painter_for", "write"]
+__all__ = ["FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "no_picture", "painter_for", "write"]

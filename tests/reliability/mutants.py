@@ -55,8 +55,9 @@ class Mutant(NamedTuple):
     explanation: str = ""  # Why no test can notice.
 
 
-def filter_mutants() -> list[Mutant]:
-    pairs = [
+# A piece of each file, what is put in its place and, where no test can notice, why.
+PAIRS: dict[str, list[tuple[str, ...]]] = {
+    FILTER: [
         # Normalised weights.
         ("top = jnp.max(log_weights", "top = jnp.min(log_weights"),
         ("jnp.where(jnp.isneginf(top), 0.0, log_weights)", "log_weights"),
@@ -113,12 +114,8 @@ def filter_mutants() -> list[Mutant]:
         ("jnp.sum(jnp.square(weights", "jnp.sum((weights"),
         ("normalised_weights(log_weights), values)", "normalised_weights(-log_weights), values)"),
         ("normalised_weights(log_weights), values)", "jnp.exp(log_weights), values)"),
-    ]
-    return [Mutant(FILTER, *pair) for pair in pairs]
-
-
-def distinct_mutants() -> list[Mutant]:
-    pairs = [
+    ],
+    DISTINCT: [
         ("blank & (jnp.cumsum(blank, axis=1) == 1)", "blank"),
         ("jnp.where(self.first[..., None], total, grads)", "grads"),
         ("jnp.where(self.blank[..., None], grads, 0.0)", "grads"),
@@ -130,12 +127,8 @@ def distinct_mutants() -> list[Mutant]:
         ("alike[:, None] / envs", "alike[:, None]"),
         ("(begin,), (room,)", "(step,), (room,)"),
         ("obs == 0", "obs >= 0"),
-    ]
-    return [Mutant(DISTINCT, *pair) for pair in pairs]
-
-
-def lineage_mutants() -> list[Mutant]:
-    pairs = [
+    ],
+    LINEAGES: [
         ("jnp.any(h_grad != 0.0", "jnp.all(h_grad != 0.0"),
         ("used = row < size", "used = row <= size"),
         ("jnp.where(used, row, row[0])", "jnp.where(used, row, 0)"),
@@ -150,12 +143,8 @@ def lineage_mutants() -> list[Mutant]:
         ("all.at[env].add(x)", "all.at[env].set(x)"),
         ("Back(weights_grad, *", "Back(jax.tree.map(jnp.zeros_like, weights_grad), *"),
         ("carry[0] < last, look", "carry[0] + room < last, look"),
-    ]
-    return [Mutant(LINEAGES, *pair) for pair in pairs]
-
-
-def window_mutants() -> list[Mutant]:
-    pairs = [
+    ],
+    WINDOW: [
         ("place = newest - 1 - i", "place = i"),
         ("last_h = lambda *inputs: self", "last_h = lambda *inputs: 0.5 * self"),
         ("all.at[place].set(g)", "all.at[i].set(g)"),
@@ -179,12 +168,8 @@ def window_mutants() -> list[Mutant]:
         ("(all, new, self.length, 0)", "(all, new, 0, 0)"),
         ("self.capacity, 0, self.length + 1)", "self.capacity, 1, self.length + 1)"),
         ("agent.transition(agent.restart(h, fresh), inputs", "agent.transition(h, inputs"),
-    ]
-    return [Mutant(WINDOW, *pair) for pair in pairs]
-
-
-def learner_mutants() -> list[Mutant]:
-    pairs = [
+    ],
+    LEARNER: [
         # Returns.
         ("reward + gamma * jnp.where(done, 0.0, following)", "reward + jnp.where(done, 0.0, following)"),
         ("jnp.where(done, 0.0, following)", "following"),
@@ -231,12 +216,12 @@ def learner_mutants() -> list[Mutant]:
         # Counters.
         ("jax.random.fold_in(state.key, state.update)", "state.key"),
         ("update=state.update + 1", "update=state.update + 2"),
-    ]
-    return [Mutant(LEARNER, *pair) for pair in pairs]
+    ],
+}
 
 
 def mutants() -> list[Mutant]:
-    return filter_mutants() + distinct_mutants() + lineage_mutants() + window_mutants() + learner_mutants()
+    return [Mutant(file, *pair) for file, pairs in PAIRS.items() for pair in pairs]
 
 
 def is_killed(mutant: Mutant, number: int, root: Path) -> bool:
