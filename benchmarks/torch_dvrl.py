@@ -309,7 +309,9 @@ class Atari:
         from dvrl_jax.envs.atari import make_pool
 
         self.num_envs, self.p_blank, self.device = config.num_envs, config.env.p_blank, device
-        self.pool = make_pool(config.env.name, config.num_envs, config.seed, config.env.frame_skip)
+        self.pool = make_pool(
+            config.env.name, config.num_envs, config.seed, config.env.frame_skip, config.env.first_core
+        )
         self.num_actions, self.action_dim = int(self.pool.action_space.n), None
         self.obs_shape = (1, 84, 84)
         self.was_done = np.zeros(self.num_envs, bool)

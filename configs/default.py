@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".
     c.env.p_blank = 0.0  # Probability that an observation is replaced by zeros.
     c.env.frame_skip = 4  # Emulator frames per step (Atari).
+    c.env.first_core = -1  # Emulator threads are tied to a core each, from this one on (Atari); -1 ties none.
     c.env.observation_std = 0.0  # Noise of a position reading in box units (Mountain Hike).
 
     c.model = ConfigDict()

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dvrl_jax import agents, envs, networks
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
-CHANGEABLE = ("total_env_steps", "max_skipped_updates", "log.", "checkpoint.")
+CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
 
 LARGEST = 1_000_000  # No size is sensibly larger; far larger ones would overflow rather than run out of memory.
 
@@ -177,6 +177,7 @@ def _check(c: ConfigDict) -> None:
     require(
         "total_env_steps", c.total_env_steps < largest, f"less than {largest:,} with updates of {per_update:,} steps"
     )
+    require("env.first_core", -1 <= c.env.first_core < 2**16, "a core's number, from 0 on, or -1")
     require("env.p_blank", 0 <= c.env.p_blank <= 1, "a probability, between 0 and 1")
     require("loss.reward_scale", c.loss.reward_scale > 0, "greater than 0")
     require("loss.gamma", 0 <= c.loss.gamma <= 1, "between 0 and 1")

@@ -5,6 +5,9 @@ EnvPool's Python interface. What should be counted is counted again from the lat
 """
 
 import functools
+import os
+import pathlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -598,6 +601,26 @@ def test_games_run_with_the_originals_wrappers():
     config = env._pool.config
     assert {name: config[name] for name in settings} == settings
     assert config["repeat_action_probability"] == pytest.approx(0.25)
+
+
+@pytest.mark.skipif(
+    not 1 < len(os.sched_getaffinity(0)) == os.cpu_count(), reason="needs several cores, none forbidden"
+)
+@pytest.mark.parametrize("first_core", [-1, 0, 1])
+def test_emulator_threads_are_tied_to_cores_if_so_configured(first_core):
+    def cores_of_threads():
+        tasks = pathlib.Path("/proc/self/task").iterdir()
+        return {task: re.search(r"Cpus_allowed_list:\s+(\S+)", (task / "status").read_text())[1] for task in tasks}
+
+    before = cores_of_threads()
+    c = atari_rnn.get_config("Pong")
+    c.env.first_core = first_core
+    env = make_env(c.env, 2, SEED)
+    new = [cores for task, cores in cores_of_threads().items() if task not in before]
+    tied = [cores for cores in new if cores.isdecimal()]
+    count = min(2, os.cpu_count())  # A thread per environment, and no more than cores.
+    expected = [] if first_core < 0 else [str((first_core + i) % os.cpu_count()) for i in range(count)]
+    assert env.num_envs == 2 and sorted(tied) == sorted(expected)
 
 
 @pytest.mark.parametrize("game, num_actions", [("Pong", 6), ("Breakout", 4)])

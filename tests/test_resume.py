@@ -69,9 +69,10 @@ def test_own_config_is_kept_and_contradictions_are_refused(tmp_path):
     with pytest.raises(config_lib.ConfigError, match="algorithm"):
         train(tmp_path, tiny_hike("dvrl"), total_env_steps=400)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    train(tmp_path, config, total_env_steps=400, log__interval=5)
+    train(tmp_path, config, total_env_steps=400, log__interval=5, env__first_core=0)
     stored = runs.read_config(tmp_path)
     assert (stored["seed"], stored["total_env_steps"], stored["log.interval"]) == (5, 400, 5)
+    assert stored["env.first_core"] == 0
     assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10, 15, 20]
 
 

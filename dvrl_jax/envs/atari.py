@@ -30,14 +30,18 @@ def game_names() -> list[str]:
     return sorted({"".join(part.capitalize() for part in name.split("_")) for name in registration.atari_game_list})
 
 
-def make_pool(game: str, num_envs: int, seed: int, frame_skip: int):
-    """Returns EnvPool's own pool of games with the original's wrappers; `seed` fixes every emulator's randomness."""
+def make_pool(game: str, num_envs: int, seed: int, frame_skip: int, first_core: int = -1):
+    """Returns EnvPool's own pool of games with the original's wrappers; `seed` fixes every emulator's randomness.
+
+    Its threads are tied to a core each, from `first_core` on (and from core 0 on after the last one); -1 ties none.
+    """
     import envpool
 
     return envpool.make_gymnasium(
         f"{game}-v5",
         num_envs=num_envs,
         seed=seed,
+        thread_affinity_offset=first_core,
         stack_num=1,
         frame_skip=frame_skip,
         max_episode_steps=MAX_FRAMES // frame_skip,
@@ -60,21 +64,21 @@ class Atari(Environment):
     the last call, which tells a late reset.
     """
 
-    settings = {"frame_skip": 4}
+    settings = {"frame_skip": 4, "first_core": -1}
     observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
     restorable = False
 
     @classmethod
     def from_config(cls, config, num_envs: int, seed: int) -> "Atari":
-        return cls(config.name, num_envs, seed, config.frame_skip)
+        return cls(config.name, num_envs, seed, config.frame_skip, config.first_core)
 
     @classmethod
     def observation_of(cls, config, num_envs: int) -> ObservationSpec:
         return cls.observation
 
-    def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4):
+    def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4, first_core: int = -1):
         self.num_envs = num_envs
-        self._pool = make_pool(game, num_envs, seed, frame_skip)
+        self._pool = make_pool(game, num_envs, seed, frame_skip, first_core)
         self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
         self._handle, self._recv, self._send, _ = self._pool.xla()
 

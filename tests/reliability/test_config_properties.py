@@ -84,6 +84,7 @@ VALID = {
     "env.name": st.sampled_from(["MountainHike", "MountainHike", "MountainHike", "Pong", "Breakout"]),
     "env.p_blank": st.sampled_from([0.0, 0.5, 1.0]),
     "env.frame_skip": st.integers(1, 5),
+    "env.first_core": st.integers(-1, 5),
     "env.observation_std": COEFS,
     "model.channels": st.lists(SIZES, min_size=2, max_size=3).map(tuple),
     "model.h_dim": SIZES,
