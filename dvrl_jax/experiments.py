@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dvrl_jax import config as config_lib
 from dvrl_jax import envs, markdown, runs
 
+AGENTS = ("dvrl", "rnn")
 GAMES = (
     "Pong",
     "ChopperCommand",
@@ -25,17 +26,18 @@ GAMES = (
     "DoubleDunk",
     "Asteroids",
 )
-NOISE = (0.0, 0.15, 0.3)  # Standard deviations of Mountain Hike's readings.
 ABLATION_GAME = "ChopperCommand"
 PARTICLES = (1, 3, 5)  # Besides the configuration's own 15.
 WINDOWS = (1, 2, 5)  # Segments, besides the configuration's own 10.
-# On Mountain Hike at noise 0.3, besides the configuration's own 10 particles, 5 segments, 3e-4 and 0.1.
+NOISE = (0.0, 0.15, 0.3)  # Standard deviations of Mountain Hike's readings.
+# Mountain Hike's settings, by what experiments and configurations call them: rewards as they are; scaled by 0.1; scaled
+# by 0.03 and learned from with a third of the learning rate, 1e-4.
+HIKES = {"hike": "mountain_hike", "hike-scaled": "mountain_hike_scaled", "hike-small-step": "mountain_hike_small_step"}
+# With small steps at noise 0.3, besides the configuration's own 10 particles, 5 segments, 1e-4 and 0.1.
 HIKE_PARTICLES = (1, 5, 30)
 HIKE_WINDOWS = (1, 10)
-HIKE_LEARNING_RATES = {"1e-4": 1e-4, "1e-3": 1e-3}
+HIKE_LEARNING_RATES = {"3e-4": 3e-4, "1e-3": 1e-3}
 HIKE_ENCODING_COEFS = (0.01, 1.0)
-# Besides 0.1, which has a configuration of its own: by scale, the entropy bonus that belongs to it.
-HIKE_REWARD_SCALES = {0.03: 3e-4}
 
 
 class Experiment(NamedTuple):
@@ -50,86 +52,61 @@ class Experiment(NamedTuple):
         changes = [f"--config.{field}={value}" for field, value in self.fields.items()]
         return [f"--config=configs/{self.config}", *changes]
 
-
-def _experiments() -> dict[str, Experiment]:
-    found = []
-    for game in GAMES:
-        for agent in ("dvrl", "rnn"):
-            found.append(Experiment(f"atari/{game}/{agent}", f"atari_{agent}.py:{game}"))
-    for noise in NOISE:
-        for agent in ("dvrl", "rnn"):
-            fields = {"env.observation_std": noise}
-            found.append(Experiment(f"hike/{noise}/{agent}", f"mountain_hike_{agent}.py", fields))
-            found.append(Experiment(f"hike-scaled/{noise}/{agent}", f"mountain_hike_scaled_{agent}.py", fields))
-    dvrl, rnn = f"atari_dvrl.py:{ABLATION_GAME}", f"atari_rnn.py:{ABLATION_GAME}"
-    for count in PARTICLES:
-        found.append(Experiment(f"ablation/particles/{count}", dvrl, {"model.num_particles": count}))
-    for length in WINDOWS:
-        found.append(Experiment(f"ablation/window/dvrl-{length}", dvrl, {"bptt_segments": length}))
-        found.append(Experiment(f"ablation/window/rnn-{length}", rnn, {"bptt_segments": length}))
-    found.append(Experiment("ablation/joint/detached", dvrl, {"model.detach_encoder": True}))
-    found.append(Experiment("ablation/actions/rnn-without", rnn, {"model.action_encoding": 0}))
-    found += _hike_experiments()
-    return {experiment.name: experiment for experiment in found}
+    def vary(self, name: str, field: str, value: Any) -> "Experiment":
+        """Another experiment, which differs from this one in a single field."""
+        return Experiment(name, self.config, {**self.fields, field: value})
 
 
-def _hike_experiments() -> list[Experiment]:
-    """What varies one field (the scale of rewards: two) of the two agents on Mountain Hike at noise 0.3."""
-    found = []
-
-    def add(name: str, agent: str, *changes: tuple[str, Any]) -> None:
-        fields = {"env.observation_std": NOISE[-1]} | dict(changes)
-        found.append(Experiment(name, f"mountain_hike_{agent}.py", fields))
-
-    for count in HIKE_PARTICLES:
-        add(f"hike-ablation/particles/{count}", "dvrl", ("model.num_particles", count))
-    for length in HIKE_WINDOWS:
-        for agent in ("dvrl", "rnn"):
-            add(f"hike-ablation/window/{agent}-{length}", agent, ("bptt_segments", length))
-    add("hike-ablation/joint/detached", "dvrl", ("model.detach_encoder", True))
-    add("hike-ablation/resampling/off", "dvrl", ("model.resample", False))
-    for name, rate in HIKE_LEARNING_RATES.items():
-        for agent in ("dvrl", "rnn"):
-            add(f"hike-search/{agent}/lr-{name}", agent, ("optimizer.learning_rate", rate))
-    for coef in HIKE_ENCODING_COEFS:
-        add(f"hike-search/dvrl/elbo-{coef:g}", "dvrl", ("loss.encoding_coef", coef))
-    for scale, entropy in HIKE_REWARD_SCALES.items():
-        for agent in ("dvrl", "rnn"):
-            changes = (("loss.reward_scale", scale), ("loss.entropy_coef", entropy))
-            add(f"hike-search/{agent}/reward-{scale:g}", agent, *changes)
-    return found
+def _atari(game: str, agent: str) -> Experiment:
+    return Experiment(f"atari/{game}/{agent}", f"atari_{agent}.py:{game}")
 
 
-EXPERIMENTS = _experiments()
+def _hike(kind: str, noise: float, agent: str) -> Experiment:
+    return Experiment(f"{kind}/{noise}/{agent}", f"{HIKES[kind]}_{agent}.py", {"env.observation_std": noise})
 
 
-def _comparisons() -> dict[str, tuple[str, ...]]:
-    base_dvrl, base_rnn = f"atari/{ABLATION_GAME}/dvrl", f"atari/{ABLATION_GAME}/rnn"
-    found = {f"atari/{game}": (f"atari/{game}/dvrl", f"atari/{game}/rnn") for game in GAMES}
-    for task in (f"{kind}/{noise}" for kind in ("hike", "hike-scaled") for noise in NOISE):
-        found[task] = (f"{task}/dvrl", f"{task}/rnn")
-    found["ablation/particles"] = (*(f"ablation/particles/{count}" for count in PARTICLES), base_dvrl)
-    for agent, base in (("dvrl", base_dvrl), ("rnn", base_rnn)):
-        found[f"ablation/window/{agent}"] = (*(f"ablation/window/{agent}-{length}" for length in WINDOWS), base)
-    found["ablation/joint"] = ("ablation/joint/detached", base_dvrl)
-    found["ablation/actions"] = ("ablation/actions/rnn-without", base_rnn)
-    dvrl, rnn = (f"hike/{NOISE[-1]}/{agent}" for agent in ("dvrl", "rnn"))
-    found["hike-ablation/particles"] = (*(f"hike-ablation/particles/{count}" for count in HIKE_PARTICLES), dvrl)
+def _comparisons() -> dict[str, tuple[Experiment, ...]]:
+    found = {f"atari/{game}": tuple(_atari(game, agent) for agent in AGENTS) for game in GAMES}
+    for kind in HIKES:
+        for noise in NOISE:
+            found[f"{kind}/{noise}"] = tuple(_hike(kind, noise, agent) for agent in AGENTS)
+
+    def vary(name: str, base: Experiment, field: str, values: Mapping[Any, Any], to: str = "") -> None:
+        """Compares `base` with what has other values of a field, each called name/value, or `to` and the value."""
+        found[name] = (*(base.vary(f"{to or name + '/'}{key}", field, value) for key, value in values.items()), base)
+
+    same = lambda values: {f"{value:g}": value for value in values}
+    dvrl, rnn = (_atari(ABLATION_GAME, agent) for agent in AGENTS)
+    vary("ablation/particles", dvrl, "model.num_particles", same(PARTICLES))
     for agent, base in (("dvrl", dvrl), ("rnn", rnn)):
-        lengths = (f"hike-ablation/window/{agent}-{length}" for length in HIKE_WINDOWS)
-        found[f"hike-ablation/window/{agent}"] = (*lengths, base)
-        rates = (f"hike-search/{agent}/lr-{name}" for name in HIKE_LEARNING_RATES)
-        found[f"hike-search/{agent}/learning-rate"] = (*rates, base)
-        scales = (f"hike-search/{agent}/reward-{scale:g}" for scale in HIKE_REWARD_SCALES)
-        found[f"hike-search/{agent}/reward-scale"] = (*scales, f"hike-scaled/{NOISE[-1]}/{agent}", base)
-    found["hike-ablation/joint"] = ("hike-ablation/joint/detached", dvrl)
-    found["hike-ablation/resampling"] = ("hike-ablation/resampling/off", dvrl)
-    found["hike-search/dvrl/elbo"] = (*(f"hike-search/dvrl/elbo-{coef:g}" for coef in HIKE_ENCODING_COEFS), dvrl)
+        vary(f"ablation/window/{agent}", base, "bptt_segments", same(WINDOWS), to=f"ablation/window/{agent}-")
+    vary("ablation/joint", dvrl, "model.detach_encoder", {"detached": True})
+    vary("ablation/actions", rnn, "model.action_encoding", {"rnn-without": 0})
+
+    for agent in AGENTS:
+        base = _hike("hike-small-step", NOISE[-1], agent)
+        vary(
+            f"hike-ablation/window/{agent}", base, "bptt_segments", same(HIKE_WINDOWS), f"hike-ablation/window/{agent}-"
+        )
+        search = f"hike-search/{agent}"
+        vary(f"{search}/learning-rate", base, "optimizer.learning_rate", HIKE_LEARNING_RATES, to=f"{search}/lr-")
+        # At the larger learning rate: rewards scaled by 0.03, by 0.1, and as they are.
+        larger = found[f"{search}/learning-rate"][0]
+        found[f"{search}/reward-scale"] = (larger, *(_hike(k, NOISE[-1], agent) for k in ("hike-scaled", "hike")))
+    dvrl = _hike("hike-small-step", NOISE[-1], "dvrl")
+    vary("hike-ablation/particles", dvrl, "model.num_particles", same(HIKE_PARTICLES))
+    vary("hike-ablation/joint", dvrl, "model.detach_encoder", {"detached": True})
+    vary("hike-ablation/resampling", dvrl, "model.resample", {"off": False})
+    vary("hike-search/dvrl/elbo", dvrl, "loss.encoding_coef", same(HIKE_ENCODING_COEFS), to="hike-search/dvrl/elbo-")
     return found
 
 
-# What is drawn into one figure and compared in one table, by name.
-COMPARISONS = _comparisons()
+_COMPARED = _comparisons()
+
+EXPERIMENTS = {experiment.name: experiment for compared in _COMPARED.values() for experiment in compared}
+
+# What is drawn into one figure and compared in one table: names of experiments, by the comparison's own.
+COMPARISONS = {name: tuple(experiment.name for experiment in compared) for name, compared in _COMPARED.items()}
 
 
 def select(patterns: Iterable[str]) -> list[Experiment]:

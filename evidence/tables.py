@@ -5,11 +5,12 @@
 
 A table stands between two comments, and is replaced by what the named files under docs/results say:
 
-    <!-- table: mountain_hike -->         returns and encoding losses of all runs below that folder
-    <!-- table: pong course -->           how losses and returns of all runs below that folder went
-    <!-- table: mountain_hike probes -->  their probe-<update>.json
-    <!-- table: mountain_hike causes -->  their causes-<update>.json
-    <!-- table: references.json -->       the references
+    <!-- table: mountain_hike -->              returns and encoding losses of all runs below that folder
+    <!-- table: pong course -->                how losses and returns of all runs below that folder went
+    <!-- table: mountain_hike probes -->       their probe-<update>.json
+    <!-- table: mountain_hike causes -->       their causes-<update>.json
+    <!-- table: mountain_hike evaluations -->  their evaluation-<update>-*.json
+    <!-- table: references.json -->            the references
     <!-- end -->
 """
 
@@ -33,7 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
 BEGIN = re.compile(r"^<!-- table: ", re.M)
-BLOCK = re.compile(r"^(<!-- table: (\S+)(?: (course|probes|causes))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(<!-- table: (\S+)(?: (course|probes|causes|evaluations))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S
+)
 
 RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
 LAST = 500_000  # The end of a run is judged by its returns over so many steps.
@@ -174,7 +177,7 @@ def course_table(folder: Path) -> str:
 
 
 def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """What <kind>-<update>.json of all runs hold: (setting, seed, contents) of each.
+    """What <kind>-<update>*.json of all runs hold: (setting, seed, contents) of each.
 
     Raises:
         RunError: there is no such file.
@@ -185,7 +188,8 @@ def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]
             files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1]))
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
-        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>.json (python -m evidence.{kind})")
+        command = "evaluate.py" if kind == "evaluation" else f"-m evidence.{kind}"
+        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>.json (python {command})")
     return found
 
 
@@ -214,6 +218,31 @@ def causes_table(folder: Path) -> str:
     return markdown.table([stored.usual, *head], rows)
 
 
+def evaluations_table(folder: Path) -> str:
+    """A row per run and way to act: its return by checkpoint, and their mean ± standard error over checkpoints.
+
+    Where there are several seeds, the mean of these and their standard error over seeds.
+    """
+    stored = load(folder)
+    returns: dict[tuple[str, bool], dict[str, dict[int, float]]] = {}
+    for setting, seed, result in measured(stored, "evaluation"):
+        of_setting = returns.setdefault((setting, result["greedy"]), {})
+        of_setting.setdefault(seed, {})[result["update"]] = result["mean"]
+    updates = sorted({update for seeds in returns.values() for run in seeds.values() for update in run})
+    rows = []
+    for (setting, greedy), seeds in returns.items():
+        name = [setting, "most probable" if greedy else "sampled"]
+        for seed, run in seeds.items():
+            mean = _mean(tuple(run.values()), 1) if len(run) > 1 else "-"
+            rows.append([*name, seed, *(_number(run.get(update, math.nan), 1) for update in updates), mean])
+        if len(seeds) > 1:
+            cells = [_mean(tuple(run.get(update, math.nan) for run in seeds.values()), 1) for update in updates]
+            means = tuple(statistics.fmean(run.values()) if len(run) > 1 else math.nan for run in seeds.values())
+            rows.append([*name, "mean", *cells, _mean(means, 1)])
+    head = [stored.agent, "actions", "seed", *(f"update {update:,}" for update in updates), "mean"]
+    return markdown.table(head, rows)
+
+
 def _millions(steps: int) -> str:
     return f"{steps / 1e6:.2f}M"
 
@@ -230,6 +259,14 @@ def _mean(values: tuple[float, ...], digits: int) -> str:
         return "-"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+KINDS = {
+    "course": course_table,
+    "probes": probes_table,
+    "causes": causes_table,
+    "evaluations": evaluations_table,
+}
 
 
 def generate(text: str, results: Path = RESULTS) -> str:
@@ -250,8 +287,7 @@ def generate(text: str, results: Path = RESULTS) -> str:
             references.load(path)
             made = references.table(json.loads(path.read_text()))
         else:
-            kinds = {"course": course_table, "probes": probes_table, "causes": causes_table}
-            made = kinds[kind](path) if kind else returns_table(path, known)
+            made = KINDS[kind](path) if kind else returns_table(path, known)
         return f"{begin}{made}{end}"
 
     return BLOCK.sub(table, text)

@@ -369,6 +369,28 @@ def test_settings_have_rows_and_what_was_measured_of_them_has_tables(tmp_path):
     ]
 
 
+def test_evaluations_have_a_row_per_run_and_way_to_act(tmp_path):
+    # The mean return by (agent, seed, update), of actions sampled and greedy.
+    sampled = {("rnn", 0, 9): -90.0, ("rnn", 0, 10): -94.0, ("rnn", 1, 9): -100.0, ("rnn", 1, 10): -104.0}
+    greedy = {("rnn", 0, 10): -80.0, ("dvrl", 0, 10): -70.0}
+    for agent, seed in (("rnn", 0), ("rnn", 1), ("dvrl", 0)):
+        write_run(tmp_path / "hike" / f"{agent}{seed}", agent, seed, [-250.0], [5.0])
+    for returns, is_greedy, name in ((sampled, False, ""), (greedy, True, "greedy-")):
+        for (agent, seed, update), mean in returns.items():
+            file = tmp_path / "hike" / f"{agent}{seed}" / f"evaluation-{update}-{name}seed1000000.json"
+            file.write_text(json.dumps({"update": update, "greedy": is_greedy, "mean": mean}))
+    made = tables.generate("<!-- table: hike evaluations -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
+    assert made == [
+        "| agent | actions | seed | update 9 | update 10 | mean |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| RNN | sampled | 0 | -90.0 | -94.0 | -92.0 ± 2.0 |",
+        "| RNN | sampled | 1 | -100.0 | -104.0 | -102.0 ± 2.0 |",
+        "| RNN | sampled | mean | -95.0 ± 5.0 | -99.0 ± 5.0 | -97.0 ± 5.0 |",
+        "| RNN | most probable | 0 | - | -80.0 | - |",
+        "| DVRL | most probable | 0 | - | -70.0 | - |",
+    ]
+
+
 def test_the_course_of_a_run_is_its_first_line_and_the_last_of_each_part(tmp_path):
     write_run(tmp_path / "hike" / "a", "dvrl", 3, [None, *(-25.0 * i for i in range(12))], [12.4] * 13)
     head, _, *rows = tables.generate("<!-- table: hike course -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
@@ -388,6 +410,8 @@ def test_a_table_that_cannot_be_made_is_refused(tmp_path):
     write_run(tmp_path / "hike" / "a", "rnn", 0, [-250.0])
     with pytest.raises(runs.RunError, match=r"none of its runs has a causes-<update>\.json"):
         tables.generate("<!-- table: hike causes -->\n<!-- end -->\n", tmp_path)
+    with pytest.raises(runs.RunError, match=r"evaluation-<update>\.json \(python evaluate\.py\)"):
+        tables.generate("<!-- table: hike evaluations -->\n<!-- end -->\n", tmp_path)
 
 
 def test_compressed_metrics_are_read_and_a_damaged_file_is_named(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import default
 from dvrl_jax import config as config_lib
 from dvrl_jax import experiments, runs
 
@@ -21,16 +22,33 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 12 + 3 + 6 + 1 + 1 + 9 + 8
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 9 + 6
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
+
+
+def test_published_results_are_of_these_experiments():
+    """Their runs have the configurations of experiments, but for the seed and what does not change what is learned."""
+
+    def key(fields):
+        kept = {k: v for k, v in fields.items() if k != "seed" and not config_lib.is_changeable(k)}
+        return json.dumps(kept, sort_keys=True)
+
+    known = {key(config_lib.flatten(experiments.load_config(e))) for e in experiments.EXPERIMENTS.values()}
+    for folder in ("scaled_noise", "small_step_noise", "ablations", "elbo", "longer"):
+        found = sorted((ROOT / "docs" / "results" / f"mountain_hike_{folder}").glob("*/config.json"))
+        assert len(found) >= 4
+        for path in found:
+            config = config_lib.from_fields(json.loads(path.read_text()), default.get_config())
+            assert key(config_lib.flatten(config)) in known, path
 
 
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 60),
+        ([], 64),
         (["hike"], 6),
         (["hike-scaled"], 6),
+        (["hike-small-step"], 6),
         (["atari/Pong"], 2),
         (["atari/*/rnn"], 10),
         (["ablation/particles"], 4),
