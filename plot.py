@@ -30,12 +30,7 @@ def main() -> int:
         plotting.check_metric(loaded, metric)
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
     out = Path(OUT.value.removesuffix(".png").removesuffix(".svg") if OUT.value else f"plots/{plotting.name_of(paths)}")
-    for ending in ("png", "svg"):
-        file = Path(f"{out}.{ending}")
-        with runs.writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=150)
-        print(file)
+    print(*plotting.save(figure, out), sep="\n")
     return 0
 
 

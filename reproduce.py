@@ -135,12 +135,7 @@ def report(chosen: list[Experiment], root: Path) -> None:
         loaded = [plotting.load_run(path) for path in paths if experiments.last_line(path)]
         if not loaded:
             continue
-        figure = plotting.plot(loaded, ["result.true"])
-        for ending in ("png", "svg"):
-            path = root / "figures" / f"{comparison}.{ending}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-        print(root / "figures" / f"{comparison}.png")
+        print(plotting.save(plotting.plot(loaded, ["result.true"]), root / "figures" / comparison)[0])
 
 
 def main() -> int:

@@ -155,3 +155,17 @@ def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
         fontsize="small",
     )
     return figure
+
+
+def save(figure: Figure, out: Path) -> list[Path]:
+    """Writes a figure to out.png and out.svg, and returns these.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    files = [Path(f"{out}.{ending}") for ending in ("png", "svg")]
+    for file in files:
+        with runs.writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, dpi=150)
+    return files

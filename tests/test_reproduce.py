@@ -76,12 +76,18 @@ def test_what_would_start_everything_by_mistake_is_refused(argument, tmp_path):
     assert not (tmp_path / "root").exists()
 
 
+def write_finished_run(root, name, value):
+    """Seed 0 of an experiment, at its end after 160 steps with this return."""
+    experiment = experiments.EXPERIMENTS[name]
+    run = runs.RunDirectory(experiments.workdir(root, experiment, 0))
+    run.append_metrics({"update": 1, "env_steps": 160, "result.true": value})
+    run.write_config(config_lib.to_json(experiments.load_config(experiment)))
+    run.close()
+
+
 def test_the_table_keeps_what_was_run_before(tmp_path):
     for experiment, value in (("hike/0.3/rnn", -120.0), ("hike/0.15/rnn", -110.0)):
-        run = runs.RunDirectory(experiments.workdir(tmp_path, experiments.EXPERIMENTS[experiment], 0))
-        run.append_metrics({"update": 1, "env_steps": 160, "result.true": value})
-        run.write_config(config_lib.to_json(experiments.load_config(experiments.EXPERIMENTS[experiment])))
-        run.close()
+        write_finished_run(tmp_path, experiment, value)
         command = [
             sys.executable,
             "reproduce.py",
@@ -93,6 +99,16 @@ def test_the_table_keeps_what_was_run_before(tmp_path):
         subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     table = (tmp_path / "results.md").read_text()
     assert "| hike/0.3/rnn | 1 | -120.00 |" in table and "| hike/0.15/rnn | 1 | -110.00 |" in table
+
+
+def test_a_figure_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "figures").write_text("not a directory")
+    write_finished_run(tmp_path, "hike/0.3/rnn", -120.0)
+    command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=1", "--steps=160"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr == f"error: {tmp_path}/figures/hike/0.3.png: cannot be written (Not a directory)\n"
+    assert "| hike/0.3/rnn | 1 | -120.00 |" in (tmp_path / "results.md").read_text()
 
 
 def reproduce(root, *arguments):

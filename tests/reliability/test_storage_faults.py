@@ -178,6 +178,23 @@ def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     assert content(run).keys() == before.keys()
 
 
+def test_evaluation_takes_the_checkpoint_that_replaced_the_one_it_was_about_to_read(run, monkeypatch):
+    """Training, which keeps one checkpoint, may remove it between the look for it and the reading."""
+    restore_weights, asked = checkpoints.Checkpoints.restore_weights, []
+
+    def after_training_moved_on(self, step, *args):
+        asked.append(step)
+        if step == 40:
+            (run / "checkpoints" / "60.away").rename(run / "checkpoints" / "60")
+            shutil.rmtree(run / "checkpoints" / "40")
+        return restore_weights(self, step, *args)
+
+    (run / "checkpoints" / "60").rename(run / "checkpoints" / "60.away")
+    monkeypatch.setattr(checkpoints.Checkpoints, "restore_weights", after_training_moved_on)
+    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    assert asked == [40, 60] and found["update"] == 60
+
+
 @pytest.mark.parametrize("version", [1, checkpoints.FORMAT + 1, "two"])
 def test_another_format_is_refused(run, template, version):
     path = run / "checkpoints" / "60" / "extra" / "metadata"
@@ -305,6 +322,11 @@ def test_a_read_only_directory(original, disk):
         train(run, total_env_steps=2000)
     with pytest.raises(runs.RunError, match=r"new: cannot write there \(Read-only file system\)"):
         train(disk[0] / "new", total_env_steps=2000)
+    with pytest.raises(runs.RunError, match=r"saved_runs: cannot be written \(Read-only file system\)"):
+        runs.next_directory(disk[0] / "saved_runs")
+    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    with pytest.raises(runs.RunError, match=r"evaluation-60-greedy-seed0\.json: cannot be written \(Read-only file"):
+        evaluation.store(run, found)
     remount("rw")
     assert content(run) == before
 
