@@ -18,7 +18,8 @@ OUT = flags.DEFINE_string("out", None, "File name without ending; PNG and SVG ar
 def main() -> int:
     from dvrl_jax import config, plotting, runs
 
-    paths = [Path(ROOT.value) / number for number in IDS.value] + [Path(name) for name in WORKDIRS.value]
+    paths = [Path(ROOT.value) / number for number in IDS.value if number]
+    paths += [Path(name) for name in WORKDIRS.value if name]
     paths = list({path.resolve(): path for path in paths}.values())  # A run that is named twice is one run.
     if not METRICS.value:
         raise runs.RunError("--metric: name at least one metric, for example --metric result.true")
@@ -28,6 +29,8 @@ def main() -> int:
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
+    if OUT.value is not None and not Path(OUT.value).stem.removeprefix("."):
+        raise runs.RunError(f"--out: {OUT.value!r} is no name of a file")
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
     out = Path(OUT.value.removesuffix(".png").removesuffix(".svg") if OUT.value else f"plots/{plotting.name_of(paths)}")
     print(*plotting.save(figure, out), sep="\n")

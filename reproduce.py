@@ -23,15 +23,16 @@ ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the 
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
 
 
 def train(arguments: list[str]) -> int:
-    """One run of train.py in a process of its own, which is sent Ctrl-C and SIGTERM; returns its exit code."""
+    """One run of train.py in a process of its own, which is sent the signals that stop this one; its exit code."""
     command = [sys.executable, str(HERE / "train.py"), *arguments]
     # In a session of its own: else a terminal's Ctrl-C would reach it twice.
     process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in numbers}
     try:
         return process.wait()
@@ -106,7 +107,7 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
             print(f"{path}: training", flush=True)
             settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
             code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
-            if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
+            if abs(code) in (*STOPPING, *(128 + number for number in STOPPING)):
                 print(f"{path}: stopped; the same command goes on from there", flush=True)
                 sys.exit(code if code > 0 else 128 - code)
             if code:
@@ -119,11 +120,10 @@ def report(chosen: list[Experiment], root: Path) -> None:
     """Prints and writes the table of all experiments that have runs, and draws comparisons of the chosen ones."""
     from dvrl_jax import plotting
 
-    seeds = range(SEEDS.value)
     tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
-    results = [experiments.result_of(root, experiment, seeds, STEPS.value) for experiment in tried]
+    results = [result for experiment in tried for result in experiments.results_of(root, experiment, STEPS.value)]
     text = experiments.table(results)
-    print(f"\nresult.true (mean over the last 100 games) at the end, over finished seeds:\n\n{text}")
+    print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
     with runs.writing(root):
         root.mkdir(parents=True, exist_ok=True)
         (root / "results.md").write_text(text)
@@ -131,7 +131,7 @@ def report(chosen: list[Experiment], root: Path) -> None:
     names = {experiment.name for experiment in chosen}
     for comparison, members in experiments.COMPARISONS.items():
         there = [experiments.EXPERIMENTS[name] for name in members if name in names]
-        paths = [experiments.workdir(root, experiment, seed) for experiment in there for seed in seeds]
+        paths = [path for experiment in there for path in experiments.workdirs(root, experiment)]
         loaded = [plotting.load_run(path) for path in paths if experiments.last_line(path)]
         if not loaded:
             continue

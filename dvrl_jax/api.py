@@ -29,6 +29,8 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     Raises:
         ConfigError: there is no such configuration or field, or a value is impossible.
     """
+    if not name.isidentifier() or name.startswith("_"):
+        raise config_lib.ConfigError(f"{name}: is not the name of a configuration, such as 'mountain_hike_dvrl'")
     try:
         module = importlib.import_module(f"configs.{name}")
     except ModuleNotFoundError as error:
@@ -36,14 +38,18 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
             raise
         message = f"{name}: there is no configs/{name}.py in the working directory or on sys.path"
         raise config_lib.ConfigError(message) from None
+    if not hasattr(module, "get_config"):
+        raise config_lib.ConfigError(f"{name}: configs/{name}.py has no function get_config")
     try:
         inspect.signature(module.get_config).bind(*arguments)
-    except TypeError as error:
-        raise config_lib.ConfigError(f"{name}: {', '.join(arguments) or 'no argument'}: {error}") from None
+        config = module.get_config(*arguments)
+    except (TypeError, ValueError) as error:
+        said = ", ".join(map(str, arguments)) or "no argument"
+        raise config_lib.ConfigError(f"{name}: {said}: {error}") from None
     default = importlib.import_module("configs.default").get_config()
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.from_fields(config_lib.flatten(module.get_config(*arguments)) | values, default)
+    return config_lib.from_fields(config_lib.flatten(config) | values, default)
 
 
 def make_env(
@@ -71,6 +77,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
 
     Raises:
         TypeError: by `train`, if `num_updates` is no whole number.
+        ValueError: by `train`, if `state` has been continued from before.
         RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite.
     """
     learner = a2c.make_learner(config, env)
@@ -81,6 +88,8 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         if state is None:
             with compilation.cached(True):
                 state = learner.init(jax.random.PRNGKey(seed))
+        elif state.update.is_deleted():
+            raise ValueError("state: has been continued from before; give train the state that it returned last")
         history, end = [], int(state.update) + num_updates
         with compilation.cached(env.restorable):
             while (update := int(state.update)) < end:

@@ -141,7 +141,7 @@ class Checkpoints:
         Raises:
             RunError: there is no such checkpoint; the message lists those there are.
         """
-        step = {"best": self.best, "latest": self.latest}.get(which, int(which) if which.isdigit() else None)
+        step = {"best": self.best, "latest": self.latest}.get(which, int(which) if which.isdecimal() else None)
         steps = self._manager.all_steps()
         if step not in steps:
             there = ", ".join(map(str, sorted(steps))) or "none"
@@ -223,7 +223,7 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """Half a sentence that names the newest complete checkpoint, for messages about failures."""
-        steps = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
+        steps = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdecimal()]
         return f"the last good checkpoint is {self.directory / str(max(steps))}" if steps else "there is no checkpoint"
 
     @contextlib.contextmanager

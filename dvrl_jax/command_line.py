@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,12 +64,17 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
             _check_config_arguments(argv[1:], default)
             rest = FLAGS(argv)
             if len(rest) > 1:
-                raise ConfigError(f"{rest[1]}: unexpected argument; settings are given as --config.group.field=value")
+                raise ConfigError(
+                    f"{rest[1]}: unexpected argument; all are --name=value, lists with commas (--name=a,b)"
+                )
             return rest
-        except flags.Error as error:
-            _fail(ConfigError(_in_one_sentence(error)))
         except (ConfigError, DiscoveryError) as error:
             _fail(error)
+        except flags.Error as error:
+            _fail(ConfigError(_in_one_sentence(str(error))))
+        except Exception as error:  # Whatever is wrong in a configuration file comes out here.
+            trace = "".join(traceback.format_exception(error))
+            _fail(ConfigError(_in_one_sentence(f"{_config_argument(argv)}\n{trace}")))
 
     def guarded(argv: list[str]) -> int:
         del argv
@@ -98,9 +104,20 @@ def _fail(error: Exception):
     sys.exit(USAGE_ERROR)
 
 
-def _in_one_sentence(error: flags.Error) -> str:
+def _config_argument(arguments: list[str]) -> str:
+    """The last argument that names a configuration file, as `--config=FILE`."""
+    words = [
+        f"--config={b}" if a in ("--config", "-config") else a
+        for a, b in zip(arguments, [*arguments, ""][1:], strict=True)
+    ]
+    return next((word for word in reversed(words) if re.match(r"--?config=", word)), "")
+
+
+def _in_one_sentence(text: str) -> str:
     """What absl and ml_collections say; of a mistake in a configuration file, which they report whole, the end."""
-    text = str(error).strip()
+    text = text.strip()
+    if missing := re.match(r"flag (--\S+)=None: ", text):
+        return f"{missing[1]}: is needed"
     if "\n" not in text:
         return text
     reason = text.splitlines()[-1].strip()

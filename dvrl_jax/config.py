@@ -40,6 +40,8 @@ def check_fields(names: Iterable[str], default: ConfigDict) -> None:
     """Raises ConfigError if one of the dotted names is no field, or a whole group, of a configuration."""
     known = flatten(default)
     for name in names:
+        if within := [field for field in known if field.startswith(f"{name}.")]:
+            raise ConfigError(f"{name}: is a group of fields, each of which is given by itself, such as {within[0]}")
         if name not in known:
             raise ConfigError(f"{name}: there is no such field{_suggestion(name, known)}")
 

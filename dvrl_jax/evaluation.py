@@ -136,15 +136,14 @@ def evaluate(
 
 
 def store(path: Path, summary: dict[str, Any]) -> None:
-    """Writes a summary to `evaluation-<update>[-greedy]-seed<seed>.json` in the run's directory.
+    """Writes a summary to `evaluation-<update>[-greedy]-<n>games-seed<seed>.json` in the run's directory.
 
     Raises:
         RunError: it cannot be written.
     """
     kind = "-greedy" if summary["greedy"] else ""
-    file = path / f"evaluation-{summary['update']}{kind}-seed{summary['seed']}.json"
-    with runs.writing(file):
-        file.write_text(json.dumps(summary, indent=1) + "\n")
+    file = path / f"evaluation-{summary['update']}{kind}-{summary['episodes']}games-seed{summary['seed']}.json"
+    runs.replace(file, json.dumps(summary, indent=1) + "\n")
 
 
 def draw(

@@ -149,11 +149,15 @@ def workdir(root: Path, experiment: Experiment, seed: int) -> Path:
     return root / experiment.name / f"seed{seed}"
 
 
+def workdirs(root: Path, experiment: Experiment) -> list[Path]:
+    """Directories of an experiment's runs, by seed."""
+    found = [path for path in (root / experiment.name).glob("seed*") if path.name.removeprefix("seed").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("seed")))
+
+
 def last_line(path: Path) -> dict[str, Any] | None:
     """The newest line of a run's metrics; None if there is none."""
-    if not (path / "metrics.jsonl").exists():
-        return None
-    lines = runs.read_metrics(path)
+    lines = runs.read_metrics(path) if runs.has_metrics(path) else []
     return lines[-1] if lines else None
 
 
@@ -164,29 +168,45 @@ def is_done(path: Path, steps: int) -> bool:
 
 
 class Result(NamedTuple):
-    """Mean return over the last 100 games, averaged over `seeds` finished runs; the error is None for one run."""
+    """Mean return over the last 100 games after `steps` environment steps, averaged over `seeds` runs.
+
+    The mean is None for no run, the standard error for fewer than two.
+    """
 
     name: str
+    steps: int
     seeds: int
     mean: float | None
     standard_error: float | None
 
 
-def result_of(root: Path, experiment: Experiment, seeds: Iterable[int], steps: int | None) -> Result:
-    """What the finished runs of an experiment reached."""
+def results_of(root: Path, experiment: Experiment, steps: int | None) -> list[Result]:
+    """What an experiment's runs reached, those of one length together: one row each, or one row for no run.
+
+    A run counts if it is as long as it was to be, or as `steps` (None: as the configuration says).
+    """
     limit = load_config(experiment).total_env_steps if steps is None else steps
-    paths = [workdir(root, experiment, seed) for seed in seeds]
-    values = [last_line(path)["result.true"] for path in paths if is_done(path, limit)]
-    values = [value for value in values if value is not None]
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return Result(experiment.name, len(values), statistics.fmean(values) if values else None, error)
+    values: dict[int, list[float]] = {}
+    for path in workdirs(root, experiment):
+        line, fields = last_line(path), runs.read_config(path)
+        if line is None or fields is None or line["result.true"] is None:
+            continue
+        if line["env_steps"] >= fields["total_env_steps"]:
+            values.setdefault(fields["total_env_steps"], []).append(line["result.true"])
+        elif line["env_steps"] >= limit:
+            values.setdefault(line["env_steps"], []).append(line["result.true"])
+    rows = []
+    for length, found in sorted(values.items()):
+        error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+        rows.append(Result(experiment.name, length, len(found), statistics.fmean(found), error))
+    return rows or [Result(experiment.name, limit, 0, None, None)]
 
 
 def table(results: Iterable[Result]) -> str:
     """The results as a table in Markdown."""
     number = lambda value: "-" if value is None else f"{value:.2f}"
-    rows = [[r.name, str(r.seeds), number(r.mean), number(r.standard_error)] for r in results]
-    return markdown.table(["experiment", "seeds", "return (mean)", "standard error"], rows)
+    rows = [[r.name, f"{r.steps:,}", str(r.seeds), number(r.mean), number(r.standard_error)] for r in results]
+    return markdown.table(["experiment", "steps", "seeds", "return (mean)", "standard error"], rows)
 
 
 # --- How long it takes -----------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ UNITS = {
 }
 
 
+NUM_COLORS = 10  # Of Matplotlib's cycle; the next curves have another style.
+LINE_STYLES = ("-", "--", ":", "-.")
+
 KINDS = ("algorithm", "env.name")  # The fields that say what a run is; others follow from them.
 
 
@@ -55,6 +58,9 @@ def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
         root = path.parent
         found = sorted((p.name for p in root.glob("*") if runs.has_metrics(p)), key=lambda name: (len(name), name))
         raise runs.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
+    for field in KINDS:
+        if not isinstance(fields.get(field, ""), str):
+            raise runs.RunError(f"{path / 'config.json'}: {field} = {fields[field]!r}: must be a name")
     return Run(path, dict(defaults) | fields, runs.read_metrics(path))
 
 
@@ -69,7 +75,7 @@ def check_metric(loaded: list[Run], name: str) -> None:
     """Raises RunError, listing what exists, if no run has logged a metric of that name."""
     known = {key for run in loaded for line in run.lines for key in line} - {"final"}
     if name not in known:
-        raise runs.RunError(f"{name}: no such metric; there are {', '.join(sorted(known))}")
+        raise runs.RunError(f"{name}: no such metric; there are {', '.join(sorted(known)) or 'none yet'}")
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -115,7 +121,8 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
         return Curve(label, np.array([]), np.array([]), None)
     if len(series) == 1:
         return Curve(label, *series[0], None)
-    label = f"{label} ({len(series)} seeds)"
+    are_seeds = len({run.fields.get("seed") for run in group}) == len(group)
+    label = f"{label} ({len(series)} {'seeds' if are_seeds else 'runs'})"
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
     values = np.stack([np.interp(grid, x, y) for x, y in series])
@@ -137,7 +144,8 @@ def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
         for index, (label, group) in enumerate(groups.items()):
             line = curve(label, group, metric, smooth)
-            axis.plot(line.steps / 1e6, line.mean, color=f"C{index}", label=line.label)
+            style = LINE_STYLES[index // NUM_COLORS % len(LINE_STYLES)]
+            axis.plot(line.steps / 1e6, line.mean, style, color=f"C{index}", label=line.label)
             if line.spread is not None:
                 has_band = True
                 low, high = line.mean - line.spread, line.mean + line.spread
@@ -167,5 +175,5 @@ def save(figure: Figure, out: Path) -> list[Path]:
     for file in files:
         with runs.writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=150)
+            figure.savefig(file, dpi=150, bbox_inches="tight")  # Grows with a legend that is wider than the figure.
     return files

@@ -80,7 +80,7 @@ def load(path: Path, update: int) -> dict[str, np.ndarray]:
 
 def saved_updates(path: Path) -> list[int]:
     """At which updates a run has saved reconstructions."""
-    return sorted(int(folder.name) for folder in (path / FOLDER).glob("*") if folder.name.isdigit())
+    return sorted(int(folder.name) for folder in (path / FOLDER).glob("*") if folder.name.isdecimal())
 
 
 def rewind(path: Path, update: int) -> None:

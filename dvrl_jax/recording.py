@@ -76,7 +76,11 @@ def record(
     Args:
         agent: with `use_running_average` set, if it uses batch norm. env: made with `keep_view`.
         greedy: take the most probable action instead of sampling. times: which predictions to make.
+    Raises:
+        ValueError: `max_steps` is less than 1.
     """
+    if max_steps < 1:
+        raise ValueError(f"max_steps = {max_steps}: must be at least 1")
 
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> dict[str, Any]:
         before, after, last, policy = turn.before, turn.after, turn.last, turn.policy

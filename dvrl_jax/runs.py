@@ -33,7 +33,7 @@ def next_directory(root: Path = SAVED_RUNS) -> Path:
     """
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        number = max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
+        number = max((int(path.name) for path in root.iterdir() if path.name.isdecimal()), default=0)
         while True:
             number += 1
             try:
@@ -64,8 +64,12 @@ class RunDirectory:
             raise RunError(f"{self.path}: another process is training in this directory") from None
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
-        if self.metrics_path.exists() and not self.config_path.exists():
-            raise RunError(f"{self.path}: has metrics.jsonl but no config.json, so it is not a run to continue")
+        if not self.config_path.exists():
+            found = [path for path in (self.metrics_path, self.path / "checkpoints") if _has_content(path)]
+            if found:
+                raise RunError(f"{self.path}: has {found[0].name} but no config.json, so it is not a run to continue")
+        if not self.metrics_path.exists() and has_metrics(self.path):
+            raise RunError(f"{self.path}: has metrics.jsonl.gz, a run put away; unpack that (gunzip) to go on with it")
 
     def close(self) -> None:
         self._lock.close()
@@ -79,7 +83,7 @@ class RunDirectory:
         return read_config(self.path)
 
     def write_config(self, text: str) -> None:
-        _replace(self.config_path, text)
+        replace(self.config_path, text)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl and waits until it is on disk. Numbers that are not finite become null.
@@ -93,17 +97,32 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def rewind_metrics(self, update: int, continues: bool) -> None:
+    def rewind_metrics(self, update: int) -> None:
         """Drops what will be written again when training goes on from `update`.
 
-        That is: lines of later updates, an incomplete last line, and, if training `continues`, the line that an
-        earlier end wrote between two regular ones.
+        That is: lines of later updates, an incomplete last line, and the line that an earlier end wrote between two
+        regular ones.
         """
         if not self.metrics_path.exists():
             return
         lines = read_metrics(self.path)
-        kept = [x for x in lines if x["update"] <= update and not (continues and x.get("final", False))]
-        _replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [x for x in lines if x["update"] <= update and not x.get("final", False)]
+        replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def set_metrics_aside(self) -> Path | None:
+        """Renames metrics.jsonl to metrics.jsonl.1, or .2, ...; returns that, or None if no line has been written.
+
+        Raises:
+            RunError: it cannot be renamed.
+        """
+        if not _has_content(self.metrics_path):
+            return None
+        number = 1
+        while (aside := self.path / f"metrics.jsonl.{number}").exists():
+            number += 1
+        with writing(aside):
+            self.metrics_path.rename(aside)
+        return aside
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -149,6 +168,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             fields = json.loads(line)
             if not (isinstance(fields, dict) and isinstance(fields.get("update"), int)):
                 raise ValueError("not a line of metrics")
+            if not all(value is None or isinstance(value, int | float) for value in fields.values()):
+                raise ValueError("metrics are numbers")
             result.append(fields)
         except (ValueError, RecursionError):
             if number < len(lines):
@@ -174,7 +195,14 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _replace(path: Path, text: str) -> None:
+def _has_content(path: Path) -> bool:
+    """Whether there is a file that is not empty, or a directory with something numbered in it."""
+    if path.is_dir():
+        return any(entry.name.isdecimal() for entry in path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+def replace(path: Path, text: str) -> None:
     """Writes a file in one step: whoever reads it sees the old or the new content, whole.
 
     Raises:

@@ -31,7 +31,8 @@ class Interrupted(Exception):
 def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
     """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
-    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
+    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change. What
+    else `given` has otherwise is said.
 
     Raises:
         ConfigError: impossible values, or an override that contradicts the run.
@@ -55,6 +56,11 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
             raise config_lib.ConfigError(
                 f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
             )
+    others = config_lib.flatten(given) if given is not None else {}
+    left = [field for field, value in others.items() if fields.get(field) != value and field not in wanted]
+    own = [f"{x} = {fields.get(x)!r} (in the file {others[x]!r})" for x in left if not config_lib.is_changeable(x)]
+    if own:
+        print(f"{run.path} goes on as it began, not as the configuration file says: {', '.join(own)}", flush=True)
     return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
 
 
@@ -65,7 +71,7 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
 
     Returns the final state.
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
@@ -82,13 +88,17 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
             if not restored.has_episodes:
                 state = learner.restart(state, state.actor.env)
             print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-        is_finished = int(state.env_steps) >= config.total_env_steps
-        run.rewind_metrics(int(state.update), continues=not is_finished)
+        elif aside := run.set_metrics_aside():
+            print(
+                f"no checkpoint to go on from: training starts anew; the metrics so far are kept as {aside}", flush=True
+            )
+        if int(state.env_steps) >= config.total_env_steps:
+            done, wanted = f"{int(state.env_steps):,}", f"{config.total_env_steps:,}"
+            print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
+            return state
+        run.rewind_metrics(int(state.update))
         reconstructions.rewind(run.path, int(state.update))
         run.write_config(config_lib.to_json(config))
-        if is_finished:
-            print(f"already finished: {int(state.env_steps):,} of {config.total_env_steps:,} steps done", flush=True)
-            return state
         with contextlib.closing(loggers.Loggers(run, config)) as log:
             return _Loop(run, config, learner, saver, log, env.restorable, wall_time, use_cache).run(state)
 
@@ -110,8 +120,11 @@ def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, s
 
 @contextlib.contextmanager
 def _signals(handler: Any) -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM are answered by `handler`."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Within it, SIGINT, SIGTERM and SIGHUP are answered by `handler`; under nohup, which ignores it, not SIGHUP."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

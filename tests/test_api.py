@@ -29,6 +29,11 @@ def test_wrong_names_are_answered_in_one_sentence():
         dvrl_jax.make_config("nothing")
     with pytest.raises(ConfigError, match="pong_dvrl: Asteroids: too many positional arguments"):
         dvrl_jax.make_config("pong_dvrl", "Asteroids")
+    for name in ("configs/mountain_hike_rnn", "mountain_hike_rnn.py", "../x", "__init__"):
+        with pytest.raises(ConfigError, match=rf"^{name}: is not the name of a configuration"):
+            dvrl_jax.make_config(name)
+    with pytest.raises(ConfigError, match=r"^atari_dvrl: 3: "):
+        dvrl_jax.make_config("atari_dvrl", 3)
     with pytest.raises(ConfigError, match=r"model\.h_dm: there is no such field; did you mean model\.h_dim"):
         dvrl_jax.make_config("mountain_hike_rnn", model__h_dm=3)
 
@@ -46,6 +51,12 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
         np.testing.assert_array_equal(a, b)
     agent = dvrl_jax.trained_agent(config, env, both)
     assert agent.use_running_average
+    with pytest.raises(ValueError, match="state: has been continued from before"):
+        train(num_updates=2, state=half)
+    with pytest.raises(ValueError, match="max_steps = 0: must be at least 1"):
+        dvrl_jax.record(agent, env, jax.random.key(0), max_steps=0)
+    with pytest.raises(RunError, match="num_envs = 0: must be at least 1"):
+        dvrl_jax.make_env(config, num_envs=0)
 
 
 def test_training_that_diverges_stops_and_says_why():

@@ -94,9 +94,12 @@ def test_a_configuration_file_is_checked(tmp_path):
     file = tmp_path / "mine.py"
     for line, named in [
         ("c.model.h_dimm = 8", "error: model.h_dimm: there is no such field; did you mean model.h_dim?\n"),
-        ("del c.checkpoint; c.checkpoint = 3", "error: checkpoint: there is no such field"),
+        ("del c.checkpoint; c.checkpoint = 3", "error: checkpoint: is a group of fields"),
         ("del c.seed; c.seed = '1'", "error: seed = '1': must be of type int\n"),
         ("c.model.h_dim = '8'", f"error: {file}, line 6: TypeError: "),
+        ("c.seed = = 1", f"error: {file}, line 6: SyntaxError: invalid syntax\n"),
+        ("from configs import defualt", f"error: {file}, line 6: ImportError: cannot import name 'defualt'"),
+        ("c.seed = 1 / 0", f"error: {file}, line 6: ZeroDivisionError: division by zero\n"),
         ("return", "error: --config: get_config of that file returns NoneType, and must return a ConfigDict\n"),
     ]:
         body = f"def get_config():\n    c = default.get_config()\n    {line}\n    return c\n"
@@ -105,6 +108,14 @@ def test_a_configuration_file_is_checked(tmp_path):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr, result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_file_without_get_config_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("c = 1\n")
+    command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'mine.py'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path / 'mine.py'}: "), result.stderr
+    assert result.stderr.endswith("has no attribute 'get_config'\n") and result.stderr.count("\n") == 1
 
 
 COMMANDS = [
@@ -117,6 +128,8 @@ COMMANDS = [
     (["--config", "configs/nothing.py"], "configs/nothing.py"),
     (["--config=configs/pong_dvrl.py:Asteroids"], "'Asteroids'"),
     (["--config=configs/mountain_hike_rnn.py", "--config.total_env_steps=1e6"], "config.total_env_steps=1e6"),
+    (["--config=configs/mountain_hike_rnn.py", "--config.model=3"], "model: is a group of fields"),
+    (["--config=configs/mountain_hike_rnn.py", "seed=3"], "seed=3: unexpected argument; all are --name=value"),
     ([], "--config"),
 ]
 
@@ -128,3 +141,20 @@ def test_the_command_line_refuses_in_one_sentence(arguments, named, tmp_path):
     assert result.returncode == 2
     assert named in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--episodes=3"], "--workdir: is needed"),
+        (["--workdir=x", "--seed=3000000000"], "--seed=3000000000"),
+        (["--workdir=x", "--seed=99999999999999999999"], "--seed=99999999999999999999"),
+        (["--workdir=x", "--episodes=10000000000"], "--episodes=10000000000"),
+        (["--workdir=x", "y"], "y: unexpected argument"),
+    ],
+)
+def test_evaluate_refuses_in_one_sentence(arguments, named):
+    command = [sys.executable, ROOT / "evaluate.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert named in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -76,6 +77,24 @@ def test_a_seed_without_values_is_not_counted(tmp_path):
     np.testing.assert_array_equal(curve.mean, [1.0, 2.0])
 
 
+def test_what_are_no_seeds_are_called_runs(tmp_path):
+    both = [write_run(tmp_path / name, [10, 20], [1.0, 2.0], seed=3) for name in "ab"]
+    assert plotting.curve("rnn", both, "result.true").label == "rnn (2 runs)"
+
+
+def test_more_curves_than_colours_can_be_told_apart_and_a_long_legend_is_whole(tmp_path):
+    fields = {f"loss.{name}_coef": 0.0 for name in ("value", "action", "entropy", "encoding")}
+    many = [write_run(tmp_path / str(i), [10, 20], [1.0, 2.0], **dict.fromkeys(fields, i * 0.12345)) for i in range(12)]
+    figure = plotting.plot(many, ["result.true"])
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == 12
+    png, _ = plotting.save(figure, tmp_path / "x")
+    figure.set_dpi(150)
+    legend = figure.legends[0].get_window_extent()
+    assert legend.width > figure.bbox.width  # So wide that it would have been cut off.
+    assert matplotlib.image.imread(png).shape[1] >= legend.width
+
+
 def plot(tmp_path, *arguments):
     command = [sys.executable, ROOT / "plot.py", f"--root={tmp_path}", *arguments]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -97,6 +116,8 @@ def test_plots_of_many_runs_have_a_name_that_files_can_have(tmp_path):
     ("arguments", "message"),
     [
         (["--id=1", "--metric="], "--metric: name at least one metric"),
+        (["--id=,"], "--id: name at least one run"),
+        (["--id=1", "--out=.png"], "--out: '.png' is no name of a file"),
         (["--id=1", "--out=/proc/nothing/x"], "/proc/nothing/x.png: cannot be written"),
     ],
 )

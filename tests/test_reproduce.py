@@ -1,6 +1,8 @@
 """reproduce.py: the experiments are valid, what is done is skipped, what stopped goes on, and it ends with a table."""
 
+import gzip
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,10 +80,16 @@ def test_what_would_start_everything_by_mistake_is_refused(argument, tmp_path):
 
 def write_finished_run(root, name, value):
     """Seed 0 of an experiment, at its end after 160 steps with this return."""
-    experiment = experiments.EXPERIMENTS[name]
-    run = runs.RunDirectory(experiments.workdir(root, experiment, 0))
-    run.append_metrics({"update": 1, "env_steps": 160, "result.true": value})
-    run.write_config(config_lib.to_json(experiments.load_config(experiment)))
+    write_run(root, experiments.EXPERIMENTS[name], 0, 160, 160, value)
+
+
+def write_run(root, experiment, seed, env_steps, total_env_steps, value):
+    """A run that has got so far of what it is to be."""
+    run = runs.RunDirectory(experiments.workdir(root, experiment, seed))
+    config = experiments.load_config(experiment).copy_and_resolve_references()
+    config.seed, config.total_env_steps = seed, total_env_steps
+    run.write_config(config_lib.to_json(config))
+    run.append_metrics({"update": 1, "env_steps": env_steps, "result.true": value})
     run.close()
 
 
@@ -98,7 +106,24 @@ def test_the_table_keeps_what_was_run_before(tmp_path):
         ]
         subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     table = (tmp_path / "results.md").read_text()
-    assert "| hike/0.3/rnn | 1 | -120.00 |" in table and "| hike/0.15/rnn | 1 | -110.00 |" in table
+    assert "| hike/0.3/rnn | 160 | 1 | -120.00 |" in table and "| hike/0.15/rnn | 160 | 1 | -110.00 |" in table
+
+
+def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
+    """Rows by length: of runs at their own end, whatever the seed, put away or not, or at what is asked for."""
+    experiment = experiments.EXPERIMENTS["hike/0.3/rnn"]
+    for seed, (length, wanted, value) in enumerate(
+        [(160, 160, -1.0), (160, 160, -3.0), (80, 80, -5.0), (90, 160, -7.0)]
+    ):
+        write_run(tmp_path, experiment, seed, length, wanted, value)
+    file = experiments.workdir(tmp_path, experiment, 1) / "metrics.jsonl"
+    file.with_name("metrics.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert experiments.is_done(file.parent, 160)
+    short, whole = (experiment.name, 80, 1, -5.0, None), (experiment.name, 160, 2, -2.0, 1.0)
+    assert experiments.results_of(tmp_path, experiment, None) == [short, whole]
+    assert experiments.results_of(tmp_path, experiment, 85) == [short, (experiment.name, 90, 1, -7.0, None), whole]
+    assert experiments.results_of(tmp_path / "elsewhere", experiment, 85) == [(experiment.name, 85, 0, None, None)]
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):
@@ -108,7 +133,7 @@ def test_a_figure_that_cannot_be_written_is_named(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     assert result.stderr == f"error: {tmp_path}/figures/hike/0.3.png: cannot be written (Not a directory)\n"
-    assert "| hike/0.3/rnn | 1 | -120.00 |" in (tmp_path / "results.md").read_text()
+    assert "| hike/0.3/rnn | 160 | 1 | -120.00 |" in (tmp_path / "results.md").read_text()
 
 
 def reproduce(root, *arguments):
@@ -133,8 +158,22 @@ def test_runs_are_done_once_go_on_and_are_summed_up(tmp_path):
     assert values[0] != values[1]
     assert result["mean"] == pytest.approx(statistics.fmean(values))
     assert result["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
-    assert f"| hike/0.3/rnn | 2 | {result['mean']:.2f} |" in text
+    assert f"| hike/0.3/rnn | 2,400 | 2 | {result['mean']:.2f} |" in text
     assert (tmp_path / "figures" / "hike" / "0.3.png").exists()
 
     listed = reproduce(tmp_path, "--list", "--steps=4800")
     assert "0/2" in listed and "2 runs" in listed
+
+
+def test_a_closed_terminal_stops_the_training_too(tmp_path):
+    command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = experiments.workdir(tmp_path, experiments.EXPERIMENTS["hike/0.3/rnn"], 0)
+    while (line := process.stdout.readline()) and not line.startswith("80 steps"):
+        pass
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 129, output
+    assert "stopped by SIGHUP; checkpoint at update" in output and f"{run}: stopped; the same command" in output
+    runs.RunDirectory(run).close()  # Nobody trains there any more.
+    assert not run.with_name("seed1").exists()

@@ -1,7 +1,9 @@
 """Runs that stop and go on: bit for bit on Mountain Hike, with new episodes on Atari."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,8 +96,52 @@ def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     train(tmp_path, config, total_env_steps=200)
     before = {path: path.read_bytes() for path in (tmp_path / "metrics.jsonl", tmp_path / "config.json")}
     train(tmp_path, config)
-    assert "already finished: 200 of 200 steps" in capsys.readouterr().out
+    assert "already finished: 200 steps done, 200 wanted" in capsys.readouterr().out
+    train(tmp_path, config, total_env_steps=100)
+    assert "already finished: 200 steps done, 100 wanted" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_path, capsys):
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=200)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints")
+        train(tmp_path, config, total_env_steps=200)
+        said = f"training starts anew; the metrics so far are kept as {tmp_path / 'metrics.jsonl'}.{number}\n"
+        assert said in capsys.readouterr().out
+        assert (tmp_path / f"metrics.jsonl.{number}").read_bytes().splitlines()[-1:] != []
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+    assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10]
+
+
+def test_a_run_that_lacks_something_is_refused(tmp_path):
+    train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
+    metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    config.rename(tmp_path / "away.json")
+    with pytest.raises(runs.RunError, match=r"has metrics\.jsonl but no config\.json"):
+        runs.RunDirectory(tmp_path)
+    text = metrics.read_bytes()
+    metrics.unlink()
+    with pytest.raises(runs.RunError, match=r"has checkpoints but no config\.json"):
+        runs.RunDirectory(tmp_path)
+    (tmp_path / "away.json").rename(config)
+    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(text))
+    with pytest.raises(runs.RunError, match=r"has metrics\.jsonl\.gz, a run put away"):
+        runs.RunDirectory(tmp_path)
+
+
+def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=200)
+    assert "goes on as it began" not in capsys.readouterr().out
+    config.loss.gamma = 0.5
+    config.log.interval = 20  # This may change, but is not asked for.
+    state = train(tmp_path, config, total_env_steps=400)
+    said = f"{tmp_path} goes on as it began, not as the configuration file says: loss.gamma = 0.99 (in the file 0.5)\n"
+    assert said in capsys.readouterr().out
+    assert int(state.update) == 20 and runs.read_config(tmp_path)["loss.gamma"] == 0.99
 
 
 def test_a_directory_in_use_is_refused(tmp_path):
@@ -163,7 +209,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     assert summary["update"] == best and summary["episodes"] == 7
     assert summary["lengths"] == [75] * 7
     evaluation.store(tmp_path, summary)
-    assert json.loads((tmp_path / f"evaluation-{best}-seed3.json").read_text()) == summary
+    assert json.loads((tmp_path / f"evaluation-{best}-7games-seed3.json").read_text()) == summary
     again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary
     with pytest.raises(runs.RunError, match="there are"):

@@ -34,6 +34,8 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Envir
     Raises:
         RunError: it cannot be made so.
     """
+    if num_envs < 1:
+        raise RunError(f"num_envs = {num_envs}: must be at least 1")
     try:
         env = find(config.name).from_config(config, num_envs, seed)
     except ValueError as error:

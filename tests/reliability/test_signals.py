@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a checkpoint, the documented exit code, and soon."""
+"""SIGINT, SIGTERM and SIGHUP: a checkpoint, the documented exit code, and soon."""
 
 import os
 import signal
@@ -17,9 +17,9 @@ SMALL = ["num_envs=4", "model.channels=(8,8)", "model.h_dim=8", "model.action_en
 BEYOND_THE_RUNNING_CHUNK = 10  # Seconds in which a checkpoint must be written and the process gone.
 
 
-def start(workdir):
+def start(workdir, *fields):
     command = [sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py", f"--workdir={workdir}"]
-    command += [f"--config.{field}" for field in SMALL]
+    command += [f"--config.{field}" for field in (*SMALL, *fields)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
@@ -32,7 +32,7 @@ def wait_for(process, happened):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_leaves_soon(tmp_path, number, code):
     process = start(tmp_path)
     wait_for(process, lambda: (tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3)
@@ -81,3 +81,24 @@ def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch)
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == before
     monkeypatch.undo()
     assert int(train(tmp_path, config, total_env_steps=400).update) == 20
+
+
+def test_training_outlives_whoever_reads_its_reports(tmp_path):
+    process = start(tmp_path, "total_env_steps=2000")
+    while not process.stdout.readline().startswith("compiled in"):
+        assert process.poll() is None, process.communicate()
+    process.stdout.close()
+    assert process.wait(timeout=600) == 0 and process.stderr.read() == ""
+    process.stderr.close()
+    assert runs.read_metrics(tmp_path)[-1]["env_steps"] == 2000
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training._signals(lambda *_: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -266,7 +266,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(original, template, states, disk)
     directory = runs.RunDirectory(run)
     for write in (
         lambda: directory.append_metrics({"update": 70, "text": "x" * 10_000}),
-        lambda: directory.rewind_metrics(60, continues=True),
+        lambda: directory.rewind_metrics(60),
         lambda: directory.write_config("x" * 10_000),
     ):
         with pytest.raises(runs.RunError, match=r"cannot be written \(No space left on device\)"):
@@ -325,7 +325,9 @@ def test_a_read_only_directory(original, disk):
     with pytest.raises(runs.RunError, match=r"saved_runs: cannot be written \(Read-only file system\)"):
         runs.next_directory(disk[0] / "saved_runs")
     found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
-    with pytest.raises(runs.RunError, match=r"evaluation-60-greedy-seed0\.json: cannot be written \(Read-only file"):
+    with pytest.raises(
+        runs.RunError, match=r"evaluation-60-greedy-1games-seed0\.json: cannot be written \(Read-only file"
+    ):
         evaluation.store(run, found)
     remount("rw")
     assert content(run) == before
