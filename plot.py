@@ -29,11 +29,12 @@ def main() -> int:
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
-    if OUT.value is not None and not Path(OUT.value).stem.removeprefix("."):
+    name = f"plots/{plotting.name_of(paths)}" if OUT.value is None else OUT.value
+    name = name.removesuffix(".png").removesuffix(".svg")
+    if not name or name.endswith(("/", ".")):
         raise runs.RunError(f"--out: {OUT.value!r} is no name of a file")
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
-    out = Path(OUT.value.removesuffix(".png").removesuffix(".svg") if OUT.value else f"plots/{plotting.name_of(paths)}")
-    print(*plotting.save(figure, out), sep="\n")
+    print(*plotting.save(figure, Path(name)), sep="\n")
     return 0
 
 

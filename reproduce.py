@@ -29,16 +29,35 @@ MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about tra
 
 def train(arguments: list[str]) -> int:
     """One run of train.py in a process of its own, which is sent the signals that stop this one; its exit code."""
-    command = [sys.executable, str(HERE / "train.py"), *arguments]
-    # In a session of its own: else a terminal's Ctrl-C would reach it twice.
-    process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def hand_on(signum: int, frame) -> None:
+        del frame
+        received.append(signum)
+        if process is not None:
+            process.send_signal(signum)
+
     numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda signum, _: process.send_signal(signum)) for number in numbers}
+    before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
+        # In a session of its own: else a terminal's Ctrl-C would reach it twice.
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "train.py"), *arguments], cwd=HERE, start_new_session=True
+        )
+        for signum in received:  # Came before there was a process.
+            process.send_signal(signum)
         return process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_if_stopped(code: int) -> None:
+    """Raises SystemExit if this exit code of a process says that a signal stopped it: as such, or as 128 + signal."""
+    for number in STOPPING:
+        if code in (-number, 128 + number):
+            sys.exit(128 + number)
 
 
 def steps_of(experiment: Experiment) -> int:
@@ -65,7 +84,8 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
         settings += ["--config.checkpoint.interval=0", "--config.checkpoint.minutes=0"]
         settings += ["--config.log.tensorboard=False", f"--workdir={folder}/run"]
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
-        if train([*experiment.arguments(), *settings]):
+        if code := train([*experiment.arguments(), *settings]):
+            leave_if_stopped(code)
             raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
         return runs.read_metrics(Path(folder) / "run")
 
@@ -96,21 +116,25 @@ def show(chosen: list[Experiment], root: Path) -> None:
 
 
 def run_all(chosen: list[Experiment], root: Path) -> list[str]:
-    """Trains everything that is not done. Returns what failed; raises SystemExit if a run was interrupted."""
+    """Trains everything that is not done. Returns what failed.
+
+    Raises:
+        SystemExit: a run was stopped by a signal; the same command goes on from there.
+        RunError: what stands in a run's place is of another experiment.
+    """
     failed = []
     for experiment in chosen:
         for seed in range(SEEDS.value):
             path = experiments.workdir(root, experiment, seed)
+            experiments.check_run(path, experiment)
             if experiments.is_done(path, steps_of(experiment)):
                 print(f"{path}: done already", flush=True)
                 continue
             print(f"{path}: training", flush=True)
             settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
             code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
-            if abs(code) in (*STOPPING, *(128 + number for number in STOPPING)):
-                print(f"{path}: stopped; the same command goes on from there", flush=True)
-                sys.exit(code if code > 0 else 128 - code)
             if code:
+                leave_if_stopped(code)
                 print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
                 failed.append(str(path))
     return failed
@@ -126,13 +150,13 @@ def report(chosen: list[Experiment], root: Path) -> None:
     print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
     with runs.writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        (root / "results.md").write_text(text)
-        (root / "results.json").write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
-    names = {experiment.name for experiment in chosen}
+    runs.replace(root / "results.md", text)
+    runs.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    # Of each experiment the longest runs: a curve is of the steps that all its runs have.
+    longest = {experiment.name: experiments.finished(root, experiment, STEPS.value) for experiment in chosen}
+    longest = {name: found[max(found)] for name, found in longest.items() if found}
     for comparison, members in experiments.COMPARISONS.items():
-        there = [experiments.EXPERIMENTS[name] for name in members if name in names]
-        paths = [path for experiment in there for path in experiments.workdirs(root, experiment)]
-        loaded = [plotting.load_run(path) for path in paths if experiments.last_line(path)]
+        loaded = [plotting.load_run(one.path) for name in members for one in longest.get(name, [])]
         if not loaded:
             continue
         print(plotting.save(plotting.plot(loaded, ["result.true"]), root / "figures" / comparison)[0])

@@ -40,12 +40,18 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
         raise config_lib.ConfigError(message) from None
     if not hasattr(module, "get_config"):
         raise config_lib.ConfigError(f"{name}: configs/{name}.py has no function get_config")
+    said = ", ".join(map(str, arguments)) or "no argument"
     try:
         inspect.signature(module.get_config).bind(*arguments)
-        config = module.get_config(*arguments)
-    except (TypeError, ValueError) as error:
-        said = ", ".join(map(str, arguments)) or "no argument"
+    except TypeError as error:
         raise config_lib.ConfigError(f"{name}: {said}: {error}") from None
+    if not all(isinstance(argument, str) for argument in arguments):
+        raise config_lib.ConfigError(f"{name}: {said}: arguments of a configuration are texts")
+    config = module.get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        raise config_lib.ConfigError(
+            f"{name}: get_config returns {type(config).__name__}, and must return a ConfigDict"
+        )
     default = importlib.import_module("configs.default").get_config()
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
@@ -88,7 +94,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         if state is None:
             with compilation.cached(True):
                 state = learner.init(jax.random.PRNGKey(seed))
-        elif state.update.is_deleted():
+        elif isinstance(state.update, jax.Array) and state.update.is_deleted():
             raise ValueError("state: has been continued from before; give train the state that it returned last")
         history, end = [], int(state.update) + num_updates
         with compilation.cached(env.restorable):

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from dvrl_jax import process
 from dvrl_jax.config import ConfigError, check_fields, flatten, from_fields, with_settings
 from dvrl_jax.discovery import DiscoveryError
 from dvrl_jax.runs import RunError
@@ -62,7 +63,7 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             _check_config_arguments(argv[1:], default)
-            rest = FLAGS(argv)
+            rest = _parse(argv)
             if len(rest) > 1:
                 raise ConfigError(
                     f"{rest[1]}: unexpected argument; all are --name=value, lists with commas (--name=a,b)"
@@ -70,11 +71,6 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
             return rest
         except (ConfigError, DiscoveryError) as error:
             _fail(error)
-        except flags.Error as error:
-            _fail(ConfigError(_in_one_sentence(str(error))))
-        except Exception as error:  # Whatever is wrong in a configuration file comes out here.
-            trace = "".join(traceback.format_exception(error))
-            _fail(ConfigError(_in_one_sentence(f"{_config_argument(argv)}\n{trace}")))
 
     def guarded(argv: list[str]) -> int:
         del argv
@@ -86,6 +82,7 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
         except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
 
+    process.outlive_readers()
     app.run(guarded, flags_parser=parse)
 
 
@@ -104,31 +101,60 @@ def _fail(error: Exception):
     sys.exit(USAGE_ERROR)
 
 
-def _config_argument(arguments: list[str]) -> str:
-    """The last argument that names a configuration file, as `--config=FILE`."""
-    words = [
-        f"--config={b}" if a in ("--config", "-config") else a
-        for a, b in zip(arguments, [*arguments, ""][1:], strict=True)
-    ]
-    return next((word for word in reversed(words) if re.match(r"--?config=", word)), "")
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags, which runs the configuration file; returns what is left over.
+
+    Raises:
+        ConfigError: a flag or the file is wrong.
+    """
+    try:
+        return FLAGS(argv)
+    except Exception as error:
+        for file, argument in _config_files(argv[1:]):
+            if said := _mistake_in(file, argument, _original(error)):
+                raise ConfigError(said) from None
+        if not isinstance(error, flags.Error):
+            raise
+        if missing := re.match(r"flag (--\S+)=None: ", str(error)):
+            raise ConfigError(f"{missing[1]}: is needed") from None
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _in_one_sentence(text: str) -> str:
-    """What absl and ml_collections say; of a mistake in a configuration file, which they report whole, the end."""
-    text = text.strip()
-    if missing := re.match(r"flag (--\S+)=None: ", text):
-        return f"{missing[1]}: is needed"
-    if "\n" not in text:
-        return text
-    reason = text.splitlines()[-1].strip()
-    named = re.search(r"--config=([^:\s]+)(?::([^:\s]*))?", text)
-    if not named:
-        return f"{text.splitlines()[0]} {reason}"
-    file, argument = named.groups()
-    if argument is not None and reason.startswith("TypeError: get_config()"):
+def _original(error: BaseException) -> BaseException:
+    """What absl and ml_collections have turned into errors of their own, with the whole trace as its text."""
+    while error.__context__ and (isinstance(error, flags.Error) or "Error whilst parsing config file" in str(error)):
+        error = error.__context__
+    return error
+
+
+def _mistake_in(file: Path, argument: str | None, error: BaseException) -> str | None:
+    """A sentence about an error that came up in running a configuration file; None if it did not."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if argument is not None and said.startswith("TypeError: get_config()"):
         return f"--config={file}:{argument}: the file does not take {argument!r} as an argument"
-    lines = [line for path, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(path) == Path(file)]
-    return f"{file}{f', line {lines[-1]}' if lines else ''}: {reason}"
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{file}: has no function get_config"
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        said = f"{type(error).__name__}: {error.msg}"
+        frames.append((Path(error.filename), error.lineno))
+    paths = [path for path, _ in frames]
+    if file not in paths:
+        return None
+    # The file, or what it has called of its own kind: not a library in between.
+    beside = [frame for frame in frames if frame[0].parent in (file.parent, file.parent.resolve())]
+    path, line = beside[-1] if beside else frames[paths.index(file)]
+    return f"{path}, line {line}: {said}"
+
+
+def _config_files(arguments: list[str]) -> list[tuple[Path, str | None]]:
+    """The configuration files that a command line names, each with its argument (`FILE:argument`)."""
+    found = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        argument = f"--config={following}" if argument in ("--config", "-config") else argument
+        if match := re.match(r"--?config=([^:]*)(?::(.*))?$", argument):
+            found.append((Path(match[1]), match[2]))
+    return found
 
 
 def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
@@ -137,9 +163,7 @@ def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     check_fields(fields, with_settings(default))
     if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        argument = f"--config={following}" if argument in ("--config", "-config") else argument
-        match = re.match(r"--?config=([^:]*)", argument)
-        if match and not Path(match[1]).is_file():
+    for file, _ in _config_files(arguments):
+        if not file.is_file():
             available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
-            raise ConfigError(f"--config: there is no file {match[1]!r} (in configs/: {available or 'nothing'})")
+            raise ConfigError(f"--config: there is no file {str(file)!r} (in configs/: {available or 'nothing'})")

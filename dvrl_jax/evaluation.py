@@ -45,7 +45,7 @@ class Games(NamedTuple):
 
 
 def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
-    """The configuration of the run in a directory.
+    """The configuration of the run in a directory, to play with: emulators are tied to no cores.
 
     Raises:
         RunError: there is no run in it, or its configuration is damaged.
@@ -54,7 +54,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     if fields is None:
         raise runs.RunError(f"{path}: holds no run (there is no config.json)")
     try:
-        return config_lib.from_fields(fields, default)
+        return config_lib.from_fields(fields | {"env.first_core": -1}, default)
     except config_lib.ConfigError as error:
         raise runs.RunError(f"{path / 'config.json'}: {error}") from None
 

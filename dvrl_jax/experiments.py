@@ -71,33 +71,32 @@ def _comparisons() -> dict[str, tuple[Experiment, ...]]:
         for noise in NOISE:
             found[f"{kind}/{noise}"] = tuple(_hike(kind, noise, agent) for agent in AGENTS)
 
-    def vary(name: str, base: Experiment, field: str, values: Mapping[Any, Any], to: str = "") -> None:
-        """Compares `base` with what has other values of a field, each called name/value, or `to` and the value."""
-        found[name] = (*(base.vary(f"{to or name + '/'}{key}", field, value) for key, value in values.items()), base)
+    def compare(name: str, base: Experiment, field: str, values: Mapping[Any, Any], between: str = "/") -> None:
+        """Compares `base` with what has other values of a field, called by the comparison's name and the value's."""
+        varied = (base.vary(f"{name}{between}{key}", field, value) for key, value in values.items())
+        found[name] = (*varied, base)
 
     same = lambda values: {f"{value:g}": value for value in values}
-    dvrl, rnn = (_atari(ABLATION_GAME, agent) for agent in AGENTS)
-    vary("ablation/particles", dvrl, "model.num_particles", same(PARTICLES))
-    for agent, base in (("dvrl", dvrl), ("rnn", rnn)):
-        vary(f"ablation/window/{agent}", base, "bptt_segments", same(WINDOWS), to=f"ablation/window/{agent}-")
-    vary("ablation/joint", dvrl, "model.detach_encoder", {"detached": True})
-    vary("ablation/actions", rnn, "model.action_encoding", {"rnn-without": 0})
-
     for agent in AGENTS:
-        base = _hike("hike-small-step", NOISE[-1], agent)
-        vary(
-            f"hike-ablation/window/{agent}", base, "bptt_segments", same(HIKE_WINDOWS), f"hike-ablation/window/{agent}-"
-        )
-        search = f"hike-search/{agent}"
-        vary(f"{search}/learning-rate", base, "optimizer.learning_rate", HIKE_LEARNING_RATES, to=f"{search}/lr-")
-        # At the larger learning rate: rewards scaled by 0.03, by 0.1, and as they are.
-        larger = found[f"{search}/learning-rate"][0]
-        found[f"{search}/reward-scale"] = (larger, *(_hike(k, NOISE[-1], agent) for k in ("hike-scaled", "hike")))
-    dvrl = _hike("hike-small-step", NOISE[-1], "dvrl")
-    vary("hike-ablation/particles", dvrl, "model.num_particles", same(HIKE_PARTICLES))
-    vary("hike-ablation/joint", dvrl, "model.detach_encoder", {"detached": True})
-    vary("hike-ablation/resampling", dvrl, "model.resample", {"off": False})
-    vary("hike-search/dvrl/elbo", dvrl, "loss.encoding_coef", same(HIKE_ENCODING_COEFS), to="hike-search/dvrl/elbo-")
+        compare(f"ablation/window/{agent}", _atari(ABLATION_GAME, agent), "bptt_segments", same(WINDOWS), "-")
+    dvrl, rnn = (_atari(ABLATION_GAME, agent) for agent in AGENTS)
+    compare("ablation/particles", dvrl, "model.num_particles", same(PARTICLES))
+    compare("ablation/joint", dvrl, "model.detach_encoder", {"detached": True})
+    compare("ablation/actions", rnn, "model.action_encoding", {"rnn-without": 0})
+
+    hikes = {agent: _hike("hike-small-step", NOISE[-1], agent) for agent in AGENTS}
+    for agent, base in hikes.items():
+        compare(f"hike-ablation/window/{agent}", base, "bptt_segments", same(HIKE_WINDOWS), "-")
+        search, field = f"hike-search/{agent}", "optimizer.learning_rate"
+        rates = {name: base.vary(f"{search}/lr-{name}", field, rate) for name, rate in HIKE_LEARNING_RATES.items()}
+        found[f"{search}/learning-rate"] = (*rates.values(), base)
+        # At the learning rate of the other two: rewards scaled by 0.03, by 0.1, and as they are.
+        others = (_hike(kind, NOISE[-1], agent) for kind in ("hike-scaled", "hike"))
+        found[f"{search}/reward-scale"] = (rates["3e-4"], *others)
+    compare("hike-ablation/particles", hikes["dvrl"], "model.num_particles", same(HIKE_PARTICLES))
+    compare("hike-ablation/joint", hikes["dvrl"], "model.detach_encoder", {"detached": True})
+    compare("hike-ablation/resampling", hikes["dvrl"], "model.resample", {"off": False})
+    compare("hike-search/dvrl/elbo", hikes["dvrl"], "loss.encoding_coef", same(HIKE_ENCODING_COEFS), "-")
     return found
 
 
@@ -167,6 +166,56 @@ def is_done(path: Path, steps: int) -> bool:
     return line is not None and line["env_steps"] >= steps
 
 
+def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make an experiment: without the seed and what does not change what is learned."""
+    return {k: v for k, v in fields.items() if k != "seed" and not config_lib.is_changeable(k)}
+
+
+def check_run(path: Path, experiment: Experiment) -> None:
+    """Makes sure that a run, if there is one, is of this experiment.
+
+    Raises:
+        RunError: it has other settings; the message names one.
+    """
+    fields = runs.read_config(path)
+    expected = json.loads(config_lib.to_json(load_config(experiment)))
+    for field, value in settings_of(expected).items() if fields is not None else ():
+        if fields.get(field, value) != value:
+            raise runs.RunError(
+                f"{path}: has {field} = {fields[field]!r}, where {experiment.name} has {value!r}; move it away to go on"
+            )
+
+
+class Finished(NamedTuple):
+    """A run that got to the end, and its return there."""
+
+    path: Path
+    value: float
+
+
+def finished(root: Path, experiment: Experiment, steps: int | None) -> dict[int, list[Finished]]:
+    """An experiment's runs by length, as far as they are as long as they were to be, or have `steps` (None: the
+    configuration's); of these, what they had then. Runs with other settings do not count.
+    """
+    limit = load_config(experiment).total_env_steps if steps is None else steps
+    found: dict[int, list[Finished]] = {}
+    for path in workdirs(root, experiment):
+        fields = runs.read_config(path)
+        lines = runs.read_metrics(path) if runs.has_metrics(path) else []
+        if fields is None or not lines:
+            continue
+        try:
+            check_run(path, experiment)
+        except runs.RunError:
+            continue
+        whole = fields.get("total_env_steps")
+        length = whole if isinstance(whole, int) and lines[-1].get("env_steps", 0) >= whole else limit
+        there = [line for line in lines if line.get("env_steps", 0) >= length]
+        if there and there[0].get("result.true") is not None:
+            found.setdefault(length, []).append(Finished(path, there[0]["result.true"]))
+    return found
+
+
 class Result(NamedTuple):
     """Mean return over the last 100 games after `steps` environment steps, averaged over `seeds` runs.
 
@@ -181,24 +230,13 @@ class Result(NamedTuple):
 
 
 def results_of(root: Path, experiment: Experiment, steps: int | None) -> list[Result]:
-    """What an experiment's runs reached, those of one length together: one row each, or one row for no run.
-
-    A run counts if it is as long as it was to be, or as `steps` (None: as the configuration says).
-    """
-    limit = load_config(experiment).total_env_steps if steps is None else steps
-    values: dict[int, list[float]] = {}
-    for path in workdirs(root, experiment):
-        line, fields = last_line(path), runs.read_config(path)
-        if line is None or fields is None or line["result.true"] is None:
-            continue
-        if line["env_steps"] >= fields["total_env_steps"]:
-            values.setdefault(fields["total_env_steps"], []).append(line["result.true"])
-        elif line["env_steps"] >= limit:
-            values.setdefault(line["env_steps"], []).append(line["result.true"])
+    """What an experiment's finished runs reached: a row per length (see `finished`), or one for none."""
     rows = []
-    for length, found in sorted(values.items()):
-        error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
-        rows.append(Result(experiment.name, length, len(found), statistics.fmean(found), error))
+    for length, found in sorted(finished(root, experiment, steps).items()):
+        values = [one.value for one in found]
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        rows.append(Result(experiment.name, length, len(values), statistics.fmean(values), error))
+    limit = load_config(experiment).total_env_steps if steps is None else steps
     return rows or [Result(experiment.name, limit, 0, None, None)]
 
 

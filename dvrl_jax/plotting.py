@@ -175,5 +175,7 @@ def save(figure: Figure, out: Path) -> list[Path]:
     for file in files:
         with runs.writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=150, bbox_inches="tight")  # Grows with a legend that is wider than the figure.
+            new = file.with_name(f"{file.stem}.new{file.suffix}")
+            figure.savefig(new, dpi=150, bbox_inches="tight")  # Grows with a legend that is wider than the figure.
+            new.replace(file)
     return files

@@ -1,10 +1,13 @@
-"""What a training process asks of its operating system: threads, and one heap that is kept."""
+"""What a process asks of its operating system: threads, one heap that is kept, streams that may lose their reader."""
 
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from dvrl_jax.config import sees_images
 
@@ -91,3 +94,33 @@ def return_free_memory() -> None:
 def _only_with_glibc():
     """Another C library has no such functions, or no such trouble."""
     return contextlib.suppress(OSError, AttributeError)
+
+
+class Unbroken:
+    """A text stream that goes nowhere once nobody reads it: its pipe or terminal is closed, or it never was there."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, action: Any, *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+                raise
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+            return len(arguments[0]) if arguments else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """From now on a closed terminal or pipe ends what this process prints, and not the process."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)

@@ -1,10 +1,7 @@
 """What a user sees while training: a progress bar on a terminal, plain lines elsewhere."""
 
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -21,33 +18,30 @@ def why_stopped(state: TrainState) -> str:
 
 
 class Progress:
-    """Reports steps done, speed, time left, return and loss; once nobody is there to read it any more, nothing."""
+    """Reports steps done, speed, time left, return and loss."""
 
     def __init__(self, total: int, done: int, stream=None):
         self._stream = stream or sys.stdout
         self._total, self._done = total, done
         self._start, self._start_steps = time.monotonic(), done
-        self._is_terminal = self._stream.isatty()
         self._bar = None
-        if self._is_terminal:
+        if self._stream.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", unit_scale=True, file=self._stream, smoothing=0.1)
 
     def say(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
-        with self._readers_may_leave():
-            if self._bar is not None:
-                self._bar.write(text, file=self._stream)
-            else:
-                print(text, file=self._stream, flush=True)
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def advance(self, env_steps: int, result: float | None, loss: float, is_line: bool) -> None:
         """Moves to `env_steps`. Where the output is no terminal, only log lines and the first call are printed."""
         first = self._done == self._start_steps
         text = f"return {'-' if result is None else f'{result:.2f}'}, loss {loss:.4g}"
         if self._bar is not None:
-            with self._readers_may_leave():
-                self._bar.set_postfix_str(text)
-                self._bar.update(env_steps - self._done)
+            self._bar.set_postfix_str(text)
+            self._bar.update(env_steps - self._done)
         self._done = env_steps
         if self._bar is None and (is_line or first):
             elapsed = time.monotonic() - self._start
@@ -62,17 +56,7 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            with self._readers_may_leave():
-                self._bar.close()
-
-    @contextlib.contextmanager
-    def _readers_may_leave(self) -> Iterator[None]:
-        """A closed terminal or pipe ends the reports, not the training."""
-        try:
-            yield
-        except OSError:
-            self._bar = None
-            self._stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (held to the end of the process)
+            self._bar.close()
 
 
 def _duration(seconds: float) -> str:

@@ -64,12 +64,24 @@ class RunDirectory:
             raise RunError(f"{self.path}: another process is training in this directory") from None
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
-        if not self.config_path.exists():
-            found = [path for path in (self.metrics_path, self.path / "checkpoints") if _has_content(path)]
-            if found:
-                raise RunError(f"{self.path}: has {found[0].name} but no config.json, so it is not a run to continue")
-        if not self.metrics_path.exists() and has_metrics(self.path):
-            raise RunError(f"{self.path}: has metrics.jsonl.gz, a run put away; unpack that (gunzip) to go on with it")
+        try:
+            self._check_content()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_content(self) -> None:
+        with reading(self.path):
+            if not self.config_path.exists():
+                found = [path for path in (self.metrics_path, self.path / "checkpoints") if _has_content(path)]
+                if found:
+                    raise RunError(
+                        f"{self.path}: has {found[0].name} but no config.json, so it is not a run to continue"
+                    )
+            if not self.metrics_path.exists() and has_metrics(self.path):
+                raise RunError(
+                    f"{self.path}: has metrics.jsonl.gz, a run put away; unpack that (gunzip) to go on with it"
+                )
 
     def close(self) -> None:
         self._lock.close()
@@ -109,19 +121,26 @@ class RunDirectory:
         kept = [x for x in lines if x["update"] <= update and not x.get("final", False)]
         replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def set_metrics_aside(self) -> Path | None:
-        """Renames metrics.jsonl to metrics.jsonl.1, or .2, ...; returns that, or None if no line has been written.
+    def set_aside(self) -> Path | None:
+        """Moves all that was measured so far to `before.1`, or `before.2`, ..., if a line of metrics has been written.
+
+        That is everything in the directory but its lock, configuration and checkpoints. Returns where it is now.
 
         Raises:
-            RunError: it cannot be renamed.
+            RunError: it cannot be moved.
         """
         if not _has_content(self.metrics_path):
             return None
         number = 1
-        while (aside := self.path / f"metrics.jsonl.{number}").exists():
+        while (aside := self.path / f"before.{number}").exists():
             number += 1
+        kept = (".lock", self.config_path.name, "checkpoints")
         with writing(aside):
-            self.metrics_path.rename(aside)
+            aside.mkdir()
+            # The metrics last: while they are there, this is done again.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.metrics_path):
+                if entry.name not in kept and not entry.name.startswith("before."):
+                    entry.rename(aside / entry.name)
         return aside
 
 
@@ -184,6 +203,15 @@ def column(lines: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with reading a file or directory into a RunError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ class Interrupted(Exception):
 def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
     """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
-    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change. What
-    else `given` has otherwise is said.
+    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
+    Prints in which other fields `given` differs; the run keeps its own.
 
     Raises:
         ConfigError: impossible values, or an override that contradicts the run.
@@ -56,11 +56,11 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
             raise config_lib.ConfigError(
                 f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
             )
-    others = config_lib.flatten(given) if given is not None else {}
-    left = [field for field, value in others.items() if fields.get(field) != value and field not in wanted]
-    own = [f"{x} = {fields.get(x)!r} (in the file {others[x]!r})" for x in left if not config_lib.is_changeable(x)]
-    if own:
-        print(f"{run.path} goes on as it began, not as the configuration file says: {', '.join(own)}", flush=True)
+    in_file = config_lib.flatten(given) if given is not None else {}
+    differing = [field for field, value in in_file.items() if field not in wanted and fields.get(field) != value]
+    if differing:
+        said = ", ".join(f"{field} = {fields.get(field)!r} (in the file {in_file[field]!r})" for field in differing)
+        print(f"{run.path} goes on as it began, not as the configuration file says: {said}", flush=True)
     return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
 
 
@@ -88,9 +88,9 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
             if not restored.has_episodes:
                 state = learner.restart(state, state.actor.env)
             print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-        elif aside := run.set_metrics_aside():
+        elif aside := run.set_aside():
             print(
-                f"no checkpoint to go on from: training starts anew; the metrics so far are kept as {aside}", flush=True
+                f"no checkpoint to go on from: training starts anew; what was measured so far is in {aside}", flush=True
             )
         if int(state.env_steps) >= config.total_env_steps:
             done, wanted = f"{int(state.env_steps):,}", f"{config.total_env_steps:,}"

@@ -185,11 +185,11 @@ def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]
     found = []
     for setting, group in stored.settings.items():
         for run in group:
-            files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1]))
+            files = sorted(run.path.glob(f"{kind}-*.json"), key=lambda file: (int(file.stem.split("-")[1]), file.name))
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
         command = "evaluate.py" if kind == "evaluation" else f"-m evidence.{kind}"
-        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>.json (python {command})")
+        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})")
     return found
 
 
@@ -221,13 +221,22 @@ def causes_table(folder: Path) -> str:
 def evaluations_table(folder: Path) -> str:
     """A row per run and way to act: its return by checkpoint, and their mean ± standard error over checkpoints.
 
-    Where there are several seeds, the mean of these and their standard error over seeds.
+    Of several evaluations of one checkpoint the longest counts. Where there are several seeds, their mean and standard
+    error over seeds are added, for what all of them have.
+
+    Raises:
+        RunError: there is no evaluation.
     """
     stored = load(folder)
-    returns: dict[tuple[str, bool], dict[str, dict[int, float]]] = {}
+    longest: dict[tuple[str, bool], dict[str, dict[int, dict[str, Any]]]] = {}
     for setting, seed, result in measured(stored, "evaluation"):
-        of_setting = returns.setdefault((setting, result["greedy"]), {})
-        of_setting.setdefault(seed, {})[result["update"]] = result["mean"]
+        of_run = longest.setdefault((setting, result["greedy"]), {}).setdefault(seed, {})
+        if result["episodes"] >= of_run.get(result["update"], result)["episodes"]:
+            of_run[result["update"]] = result
+    returns = {
+        name: {seed: {update: one["mean"] for update, one in run.items()} for seed, run in seeds.items()}
+        for name, seeds in longest.items()
+    }
     updates = sorted({update for seeds in returns.values() for run in seeds.values() for update in run})
     rows = []
     for (setting, greedy), seeds in returns.items():

@@ -4,6 +4,7 @@ The environment is stepped inside a compiled scan and compared with a second poo
 EnvPool's Python interface. What should be counted is counted again from the latter's outputs, in plain Python.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -609,8 +610,11 @@ def test_games_run_with_the_originals_wrappers():
 @pytest.mark.parametrize("first_core", [-1, 0, 1])
 def test_emulator_threads_are_tied_to_cores_if_so_configured(first_core):
     def cores_of_threads():
-        tasks = pathlib.Path("/proc/self/task").iterdir()
-        return {task: re.search(r"Cpus_allowed_list:\s+(\S+)", (task / "status").read_text())[1] for task in tasks}
+        found = {}
+        for task in pathlib.Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # A thread that has just ended.
+                found[task] = re.search(r"Cpus_allowed_list:\s+(\S+)", (task / "status").read_text())[1]
+        return found
 
     before = cores_of_threads()
     c = atari_rnn.get_config("Pong")

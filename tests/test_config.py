@@ -114,8 +114,23 @@ def test_a_configuration_file_without_get_config_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("c = 1\n")
     command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'mine.py'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path / 'mine.py'}: "), result.stderr
-    assert result.stderr.endswith("has no attribute 'get_config'\n") and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr == f"error: {tmp_path / 'mine.py'}: has no function get_config\n"
+
+
+def test_a_mistake_is_named_where_it_is(tmp_path):
+    """In what the file imports, with all that the error says, and a path with a space in it."""
+    folder = tmp_path / "my configs"
+    folder.mkdir()
+    file, helper = folder / "mine.py", folder / "helper_of_mine.py"
+    file.write_text(f"import sys\nsys.path.append({str(folder)!r})\nimport helper_of_mine\n")
+    for text, said in [
+        ("a = (\n", "line 1: SyntaxError: '(' was never closed"),
+        ("\nraise ValueError('this needs\\n  b and c')\n", "line 2: ValueError: this needs b and c"),
+    ]:
+        helper.write_text(text)
+        command = [sys.executable, ROOT / "train.py", f"--workdir={tmp_path / 'run'}", f"--config={file}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and result.stderr == f"error: {helper}, {said}\n"
 
 
 COMMANDS = [

@@ -377,8 +377,10 @@ def test_evaluations_have_a_row_per_run_and_way_to_act(tmp_path):
         write_run(tmp_path / "hike" / f"{agent}{seed}", agent, seed, [-250.0], [5.0])
     for returns, is_greedy, name in ((sampled, False, ""), (greedy, True, "greedy-")):
         for (agent, seed, update), mean in returns.items():
-            file = tmp_path / "hike" / f"{agent}{seed}" / f"evaluation-{update}-{name}seed1000000.json"
-            file.write_text(json.dumps({"update": update, "greedy": is_greedy, "mean": mean}))
+            for episodes, value in ((5, 0.0), (50, mean), (6, 0.0)):  # The longest counts.
+                file = tmp_path / "hike" / f"{agent}{seed}" / f"evaluation-{update}-{name}{episodes}games-seed1.json"
+                fields = {"update": update, "greedy": is_greedy, "episodes": episodes, "mean": value}
+                file.write_text(json.dumps(fields))
     made = tables.generate("<!-- table: hike evaluations -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
     assert made == [
         "| agent | actions | seed | update 9 | update 10 | mean |",
@@ -408,9 +410,9 @@ def test_a_table_that_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(runs.RunError, match="has no '<!-- end -->'"):
         tables.generate("<!-- table: nothing -->\n", tmp_path)
     write_run(tmp_path / "hike" / "a", "rnn", 0, [-250.0])
-    with pytest.raises(runs.RunError, match=r"none of its runs has a causes-<update>\.json"):
+    with pytest.raises(runs.RunError, match=r"none of its runs has a causes-<update>\*\.json"):
         tables.generate("<!-- table: hike causes -->\n<!-- end -->\n", tmp_path)
-    with pytest.raises(runs.RunError, match=r"evaluation-<update>\.json \(python evaluate\.py\)"):
+    with pytest.raises(runs.RunError, match=r"evaluation-<update>\*\.json \(python evaluate\.py\)"):
         tables.generate("<!-- table: hike evaluations -->\n<!-- end -->\n", tmp_path)
 
 

@@ -32,8 +32,7 @@ def test_published_results_are_of_these_experiments():
     """Their runs have the configurations of experiments, but for the seed and what does not change what is learned."""
 
     def key(fields):
-        kept = {k: v for k, v in fields.items() if k != "seed" and not config_lib.is_changeable(k)}
-        return json.dumps(kept, sort_keys=True)
+        return json.dumps(experiments.settings_of(fields), sort_keys=True)
 
     known = {key(config_lib.flatten(experiments.load_config(e))) for e in experiments.EXPERIMENTS.values()}
     for folder in ("scaled_noise", "small_step_noise", "ablations", "elbo", "longer"):
@@ -122,7 +121,7 @@ def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
     assert experiments.is_done(file.parent, 160)
     short, whole = (experiment.name, 80, 1, -5.0, None), (experiment.name, 160, 2, -2.0, 1.0)
     assert experiments.results_of(tmp_path, experiment, None) == [short, whole]
-    assert experiments.results_of(tmp_path, experiment, 85) == [short, (experiment.name, 90, 1, -7.0, None), whole]
+    assert experiments.results_of(tmp_path, experiment, 85) == [short, (experiment.name, 85, 1, -7.0, None), whole]
     assert experiments.results_of(tmp_path / "elsewhere", experiment, 85) == [(experiment.name, 85, 0, None, None)]
 
 
@@ -165,6 +164,31 @@ def test_runs_are_done_once_go_on_and_are_summed_up(tmp_path):
     assert "0/2" in listed and "2 runs" in listed
 
 
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    broken = experiments.workdir(tmp_path, experiments.EXPERIMENTS["hike/0.3/rnn"], 0)
+    (broken / "checkpoints").mkdir(parents=True)
+    (broken / "checkpoints" / "10").write_text("checkpoints without a configuration")
+    command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=2", "--steps=160"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1 and result.stderr.endswith(f"failed: {broken}\n"), result.stderr
+    assert f"{broken}: failed with exit code 2" in result.stderr
+    assert experiments.is_done(broken.with_name("seed1"), 160)
+    assert "| hike/0.3/rnn | 160 |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_run_of_other_settings_is_refused_and_does_not_count(tmp_path):
+    name = "hike-ablation/resampling/off"
+    write_finished_run(tmp_path, name, -5.0)
+    file = experiments.workdir(tmp_path, experiments.EXPERIMENTS[name], 0) / "config.json"
+    assert experiments.results_of(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 1
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"loss.reward_scale": 1.0}))
+    command = [sys.executable, "reproduce.py", f"--root={tmp_path}", f"--only={name}", "--seeds=1", "--steps=160"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    expected = f"error: {file.parent}: has loss.reward_scale = 1.0, where {name} has 0.03; move it away to go on\n"
+    assert result.returncode == 2 and result.stderr == expected
+    assert experiments.results_of(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 0
+
+
 def test_a_closed_terminal_stops_the_training_too(tmp_path):
     command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=2"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -174,6 +198,6 @@ def test_a_closed_terminal_stops_the_training_too(tmp_path):
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 129, output
-    assert "stopped by SIGHUP; checkpoint at update" in output and f"{run}: stopped; the same command" in output
+    assert "stopped by SIGHUP; checkpoint at update" in output
     runs.RunDirectory(run).close()  # Nobody trains there any more.
     assert not run.with_name("seed1").exists()

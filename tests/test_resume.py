@@ -106,14 +106,19 @@ def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_pat
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200)
     before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "evaluation-10-5games-seed0.json").write_text("{}")
     for number in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints")
         train(tmp_path, config, total_env_steps=200)
-        said = f"training starts anew; the metrics so far are kept as {tmp_path / 'metrics.jsonl'}.{number}\n"
-        assert said in capsys.readouterr().out
-        assert (tmp_path / f"metrics.jsonl.{number}").read_bytes().splitlines()[-1:] != []
-    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+        aside = tmp_path / f"before.{number}"
+        assert f"training starts anew; what was measured so far is in {aside}\n" in capsys.readouterr().out
+        assert [line["update"] for line in runs.read_metrics(aside)] == [10]
+    before_1 = {path.name for path in (tmp_path / "before.1").iterdir()}
+    assert before_1 == {"metrics.jsonl", "tensorboard", "evaluation-10-5games-seed0.json"}
+    assert (tmp_path / "before.1" / "metrics.jsonl").read_bytes() == before
     assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10]
+    names = {".lock", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.1", "before.2"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_run_that_lacks_something_is_refused(tmp_path):
@@ -139,8 +144,10 @@ def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
     config.loss.gamma = 0.5
     config.log.interval = 20  # This may change, but is not asked for.
     state = train(tmp_path, config, total_env_steps=400)
-    said = f"{tmp_path} goes on as it began, not as the configuration file says: loss.gamma = 0.99 (in the file 0.5)\n"
-    assert said in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"{tmp_path} goes on as it began, not as the configuration file says: " in output
+    assert "loss.gamma = 0.99 (in the file 0.5)" in output and "log.interval = 10 (in the file 20)" in output
+    assert output.count("in the file") == 2
     assert int(state.update) == 20 and runs.read_config(tmp_path)["loss.gamma"] == 0.99
 
 

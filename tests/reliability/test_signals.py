@@ -1,6 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP: a checkpoint, the documented exit code, and soon."""
 
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +94,34 @@ def test_training_outlives_whoever_reads_its_reports(tmp_path):
     process.stderr.close()
     assert runs.read_metrics(tmp_path)[-1]["env_steps"] == 2000
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
+
+
+@pytest.mark.parametrize("stdout", ["| true", ">&-"])
+def test_training_needs_no_reader_at_all(stdout, tmp_path):
+    command = f"{sys.executable} train.py --config=configs/mountain_hike_rnn.py --workdir={tmp_path / 'run'}"
+    command += "".join(f" '--config.{field}'" for field in (*SMALL, "total_env_steps=2000"))
+    command = ["bash", "-c", f"set -o pipefail; {command} {stdout}"]
+    result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert result.returncode == 0 and result.stderr == ""
+    assert runs.read_metrics(tmp_path / "run")[-1]["env_steps"] == 2000
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid to give a process a terminal of its own")
+def test_a_closed_terminal_saves_a_checkpoint(tmp_path):
+    """A real one: the kernel sends SIGHUP, and what is written to the terminal fails from then on."""
+    master, terminal = os.openpty()
+    command = ["setsid", "--ctty", sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py"]
+    command += [f"--workdir={tmp_path}", *(f"--config.{field}" for field in SMALL)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    while not ((tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3):
+        assert process.poll() is None
+        if select.select([master], [], [], 0.05)[0]:
+            os.read(master, 1024)  # Else it would fill.
+    os.close(master)
+    assert process.wait(timeout=60) == 129
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert int(checkpoint.name) >= runs.read_metrics(tmp_path)[-1]["update"]
 
 
 def test_nohup_is_respected():
