@@ -205,22 +205,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turns what goes wrong with reading a file or directory into a RunError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    return _named(path, "read")
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns what goes wrong with writing a file or directory into a RunError that names it."""
+    return _named(path, "written")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with writing a file or directory into a RunError that names it."""
+def _named(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+        raise RunError(f"{path}: cannot be {what} ({error.strerror})") from None
 
 
 def _has_content(path: Path) -> bool:

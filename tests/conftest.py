@@ -2,9 +2,13 @@
 
 import gc
 import os
+import signal
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 # Python's collector would go through all of JAX's many objects again and again while programs are traced.
 gc.set_threshold(100_000, 50, 100)
@@ -32,6 +36,29 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 # Files of tests that take minutes. They are handed to the workers first, so that no worker waits for one at the end.
 LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "atari", "determinism", "kill", "reproduce"]
+
+
+@pytest.fixture
+def start():
+    """Starts processes as `subprocess.Popen` does, which hear SIGHUP also where the tests run under nohup.
+
+    What still runs after the test is killed.
+    """
+    started = []
+
+    def start(*arguments, **options):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        try:
+            started.append(subprocess.Popen(*arguments, cwd=Path(__file__).parent.parent, **options))
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def pytest_collection_modifyitems(items):

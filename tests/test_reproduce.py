@@ -189,9 +189,9 @@ def test_a_run_of_other_settings_is_refused_and_does_not_count(tmp_path):
     assert experiments.results_of(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 0
 
 
-def test_a_closed_terminal_stops_the_training_too(tmp_path):
+def test_a_closed_terminal_stops_the_training_too(tmp_path, start):
     command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = experiments.workdir(tmp_path, experiments.EXPERIMENTS["hike/0.3/rnn"], 0)
     while (line := process.stdout.readline()) and not line.startswith("80 steps"):
         pass

@@ -2,6 +2,7 @@
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,19 @@ SMALL = ["num_envs=4", "model.channels=(8,8)", "model.h_dim=8", "model.action_en
 BEYOND_THE_RUNNING_CHUNK = 10  # Seconds in which a checkpoint must be written and the process gone.
 
 
-def start(workdir, *fields):
-    command = [sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py", f"--workdir={workdir}"]
-    command += [f"--config.{field}" for field in (*SMALL, *fields)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+@pytest.fixture
+def training_in(start):
+    """Starts to train in a directory."""
+
+    def training_in(workdir, *fields):
+        return start(command(workdir, *fields), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return training_in
+
+
+def command(workdir, *fields):
+    settings = [f"--config.{field}" for field in (*SMALL, *fields)]
+    return [sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py", f"--workdir={workdir}", *settings]
 
 
 def wait_for(process, happened):
@@ -35,8 +43,8 @@ def wait_for(process, happened):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_leaves_soon(tmp_path, number, code):
-    process = start(tmp_path)
+def test_a_signal_saves_and_leaves_soon(training_in, tmp_path, number, code):
+    process = training_in(tmp_path)
     wait_for(process, lambda: (tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3)
     began = time.monotonic()
     process.send_signal(number)
@@ -52,8 +60,8 @@ def test_a_signal_saves_and_leaves_soon(tmp_path, number, code):
 
 @pytest.mark.parametrize("sign", [".lock", "tensorboard"])  # Before anything is compiled; right before the loop is.
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_starting_leaves_at_once(tmp_path, sign, number):
-    process = start(tmp_path)
+def test_a_signal_while_starting_leaves_at_once(training_in, tmp_path, sign, number):
+    process = training_in(tmp_path)
     wait_for(process, lambda: (tmp_path / sign).exists())
     time.sleep(0.3)
     process.send_signal(number)
@@ -85,8 +93,8 @@ def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch)
     assert int(train(tmp_path, config, total_env_steps=400).update) == 20
 
 
-def test_training_outlives_whoever_reads_its_reports(tmp_path):
-    process = start(tmp_path, "total_env_steps=2000")
+def test_training_outlives_whoever_reads_its_reports(training_in, tmp_path):
+    process = training_in(tmp_path, "total_env_steps=2000")
     while not process.stdout.readline().startswith("compiled in"):
         assert process.poll() is None, process.communicate()
     process.stdout.close()
@@ -98,21 +106,18 @@ def test_training_outlives_whoever_reads_its_reports(tmp_path):
 
 @pytest.mark.parametrize("stdout", ["| true", ">&-"])
 def test_training_needs_no_reader_at_all(stdout, tmp_path):
-    command = f"{sys.executable} train.py --config=configs/mountain_hike_rnn.py --workdir={tmp_path / 'run'}"
-    command += "".join(f" '--config.{field}'" for field in (*SMALL, "total_env_steps=2000"))
-    command = ["bash", "-c", f"set -o pipefail; {command} {stdout}"]
-    result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600)
+    training = shlex.join(command(tmp_path / "run", "total_env_steps=2000"))
+    shell = ["bash", "-c", f"set -o pipefail; {training} {stdout}"]
+    result = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600)
     assert result.returncode == 0 and result.stderr == ""
     assert runs.read_metrics(tmp_path / "run")[-1]["env_steps"] == 2000
 
 
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid to give a process a terminal of its own")
-def test_a_closed_terminal_saves_a_checkpoint(tmp_path):
+def test_a_closed_terminal_saves_a_checkpoint(start, tmp_path):
     """A real one: the kernel sends SIGHUP, and what is written to the terminal fails from then on."""
     master, terminal = os.openpty()
-    command = ["setsid", "--ctty", sys.executable, "train.py", "--config=configs/mountain_hike_rnn.py"]
-    command += [f"--workdir={tmp_path}", *(f"--config.{field}" for field in SMALL)]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = start(["setsid", "--ctty", *command(tmp_path)], stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     while not ((tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3):
         assert process.poll() is None
