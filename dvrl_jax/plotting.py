@@ -159,6 +159,7 @@ def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
         *axes[0, 0].get_legend_handles_labels(),
         loc="outside upper left",
         title=title,
+        alignment="left",
         title_fontsize="small",
         fontsize="small",
     )
