@@ -93,17 +93,6 @@ def test_a_signal_before_the_first_update_changes_nothing(tmp_path, monkeypatch)
     assert int(train(tmp_path, config, total_env_steps=400).update) == 20
 
 
-def test_training_outlives_whoever_reads_its_reports(training_in, tmp_path):
-    process = training_in(tmp_path, "total_env_steps=2000")
-    while not process.stdout.readline().startswith("compiled in"):
-        assert process.poll() is None, process.communicate()
-    process.stdout.close()
-    assert process.wait(timeout=600) == 0 and process.stderr.read() == ""
-    process.stderr.close()
-    assert runs.read_metrics(tmp_path)[-1]["env_steps"] == 2000
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
-
-
 @pytest.mark.parametrize("stdout", ["| true", ">&-"])
 def test_training_needs_no_reader_at_all(stdout, tmp_path):
     training = shlex.join(command(tmp_path / "run", "total_env_steps=2000"))
