@@ -5,10 +5,10 @@ from pathlib import Path
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line
+from dvrl_jax import command_line, config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1, upper_bound=1_000_000)
+EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1, upper_bound=config.LARGEST)
 GREEDY = flags.DEFINE_boolean("greedy", False, "Take the most probable action instead of sampling.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
 SEED = flags.DEFINE_integer(

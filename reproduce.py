@@ -1,7 +1,6 @@
 """Runs the paper's experiments: python reproduce.py [--list] [--only=hike,atari/Pong] [--seeds=5] [--steps=N]"""
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from absl import flags
 
 from configs import default
 from dvrl_jax import command_line, experiments, runs
+from dvrl_jax import process as process_lib
 from dvrl_jax.experiments import Experiment
 
 LIST = flags.DEFINE_boolean("list", False, "Show the experiments with estimated hours, and run nothing.")
@@ -23,7 +23,6 @@ ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the 
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).resolve().parent
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
 
 
@@ -38,9 +37,7 @@ def train(arguments: list[str]) -> int:
         if process is not None:
             process.send_signal(signum)
 
-    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hand_on) for number in numbers}
-    try:
+    with process_lib.answering(hand_on):
         # In a session of its own: else a terminal's Ctrl-C would reach it twice.
         process = subprocess.Popen(
             [sys.executable, str(HERE / "train.py"), *arguments], cwd=HERE, start_new_session=True
@@ -48,15 +45,13 @@ def train(arguments: list[str]) -> int:
         for signum in received:  # Came before there was a process.
             process.send_signal(signum)
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def leave_if_stopped(code: int) -> None:
+def leave_if_stopped(code: int, what: object) -> None:
     """Raises SystemExit if this exit code of a process says that a signal stopped it: as such, or as 128 + signal."""
-    for number in STOPPING:
+    for number in process_lib.STOPPING:
         if code in (-number, 128 + number):
+            print(f"{what}: stopped; the same command goes on from there", flush=True)
             sys.exit(128 + number)
 
 
@@ -85,7 +80,7 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
         settings += ["--config.log.tensorboard=False", f"--workdir={folder}/run"]
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
         if code := train([*experiment.arguments(), *settings]):
-            leave_if_stopped(code)
+            leave_if_stopped(code, experiment.name)
             raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
         return runs.read_metrics(Path(folder) / "run")
 
@@ -134,7 +129,7 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
             settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
             code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
             if code:
-                leave_if_stopped(code)
+                leave_if_stopped(code, path)
                 print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
                 failed.append(str(path))
     return failed
@@ -145,7 +140,8 @@ def report(chosen: list[Experiment], root: Path) -> None:
     from dvrl_jax import plotting
 
     tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
-    results = [result for experiment in tried for result in experiments.results_of(root, experiment, STEPS.value)]
+    ends = {one.name: experiments.finished(root, one, steps_of(one)) for one in tried}
+    results = [row for one in tried for row in experiments.results_of(one, ends[one.name], steps_of(one))]
     text = experiments.table(results)
     print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
     with runs.writing(root):
@@ -153,8 +149,7 @@ def report(chosen: list[Experiment], root: Path) -> None:
     runs.replace(root / "results.md", text)
     runs.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
     # Of each experiment the longest runs: a curve is of the steps that all its runs have.
-    longest = {experiment.name: experiments.finished(root, experiment, STEPS.value) for experiment in chosen}
-    longest = {name: found[max(found)] for name, found in longest.items() if found}
+    longest = {one.name: ends[one.name][max(ends[one.name])] for one in chosen if ends[one.name]}
     for comparison, members in experiments.COMPARISONS.items():
         loaded = [plotting.load_run(one.path) for name in members for one in longest.get(name, [])]
         if not loaded:

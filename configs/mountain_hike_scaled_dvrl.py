@@ -1,10 +1,7 @@
 """DVRL on Mountain Hike with scaled rewards: no plateau of a million steps (docs/results/README.md)."""
 
-from configs import mountain_hike_dvrl
+from configs import mountain_hike_dvrl, mountain_hike_scaled_rnn
 
 
 def get_config():
-    c = mountain_hike_dvrl.get_config()
-    c.loss.reward_scale = 0.1
-    c.loss.entropy_coef *= c.loss.reward_scale  # What is best to do stays the same.
-    return c
+    return mountain_hike_scaled_rnn.scale_rewards(mountain_hike_dvrl.get_config(), 0.1)

@@ -4,7 +4,11 @@ from configs import mountain_hike_rnn
 
 
 def get_config():
-    c = mountain_hike_rnn.get_config()
-    c.loss.reward_scale = 0.1
-    c.loss.entropy_coef *= c.loss.reward_scale  # What is best to do stays the same.
+    return scale_rewards(mountain_hike_rnn.get_config(), 0.1)
+
+
+def scale_rewards(c, scale):
+    """Scales rewards, and the entropy bonus with them: what is best to do stays the same."""
+    c.loss.reward_scale = scale
+    c.loss.entropy_coef *= scale
     return c

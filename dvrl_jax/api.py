@@ -48,10 +48,7 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     if not all(isinstance(argument, str) for argument in arguments):
         raise config_lib.ConfigError(f"{name}: {said}: arguments of a configuration are texts")
     config = module.get_config(*arguments)
-    if not isinstance(config, ConfigDict):
-        raise config_lib.ConfigError(
-            f"{name}: get_config returns {type(config).__name__}, and must return a ConfigDict"
-        )
+    config_lib.check_made(config, f"{name}: get_config")
     default = importlib.import_module("configs.default").get_config()
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dvrl_jax import process
-from dvrl_jax.config import ConfigError, check_fields, flatten, from_fields, with_settings
+from dvrl_jax.config import ConfigError, check_fields, check_made, flatten, from_fields, with_settings
 from dvrl_jax.discovery import DiscoveryError
 from dvrl_jax.runs import RunError
 
@@ -34,9 +34,8 @@ def config_and_overrides():
     Raises:
         ConfigError: the file returns something else.
     """
-    if FLAGS["config"].present and not isinstance(FLAGS.config, ConfigDict):
-        returned = type(FLAGS.config).__name__
-        raise ConfigError(f"--config: get_config of that file returns {returned}, and must return a ConfigDict")
+    if FLAGS["config"].present:
+        check_made(FLAGS.config, "--config: get_config of that file")
     if FLAGS.config is None:
         return None, {}
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
@@ -161,9 +160,10 @@ def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
     """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
     check_fields(fields, with_settings(default))
-    if fields and "config" in FLAGS and not any(re.match(r"--?config(=|$)", x) for x in arguments):
+    files = _config_files(arguments)
+    if fields and "config" in FLAGS and not files:
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
-    for file, _ in _config_files(arguments):
+    for file, _ in files:
         if not file.is_file():
             available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
             raise ConfigError(f"--config: there is no file {str(file)!r} (in configs/: {available or 'nothing'})")

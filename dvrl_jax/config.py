@@ -36,6 +36,17 @@ def is_changeable(field: str) -> bool:
     return field.startswith(CHANGEABLE)
 
 
+def check_made(config: Any, maker: str) -> None:
+    """Raises ConfigError if what `maker`, a function as messages call it, has returned is no configuration."""
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{maker} returns {type(config).__name__}, and must return a ConfigDict")
+
+
+def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, by dotted name, that runs to be averaged share: without the seed and what is `is_changeable`."""
+    return {field: value for field, value in fields.items() if field != "seed" and not is_changeable(field)}
+
+
 def check_fields(names: Iterable[str], default: ConfigDict) -> None:
     """Raises ConfigError if one of the dotted names is no field, or a whole group, of a configuration."""
     known = flatten(default)

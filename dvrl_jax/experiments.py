@@ -166,9 +166,14 @@ def is_done(path: Path, steps: int) -> bool:
     return line is not None and line["env_steps"] >= steps
 
 
-def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that make an experiment: without the seed and what does not change what is learned."""
-    return {k: v for k, v in fields.items() if k != "seed" and not config_lib.is_changeable(k)}
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """The settings of an experiment's runs, as `config.json` has them."""
+    return config_lib.settings_of(json.loads(config_lib.to_json(load_config(experiment))))
+
+
+def _difference(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """A setting that a run's fields have otherwise; one that is younger than the run is none."""
+    return next((field for field, value in settings.items() if fields.get(field, value) != value), None)
 
 
 def check_run(path: Path, experiment: Experiment) -> None:
@@ -177,13 +182,12 @@ def check_run(path: Path, experiment: Experiment) -> None:
     Raises:
         RunError: it has other settings; the message names one.
     """
-    fields = runs.read_config(path)
-    expected = json.loads(config_lib.to_json(load_config(experiment)))
-    for field, value in settings_of(expected).items() if fields is not None else ():
-        if fields.get(field, value) != value:
-            raise runs.RunError(
-                f"{path}: has {field} = {fields[field]!r}, where {experiment.name} has {value!r}; move it away to go on"
-            )
+    fields, settings = runs.read_config(path) or {}, _settings(experiment)
+    if field := _difference(fields, settings):
+        own, expected = fields[field], settings[field]
+        raise runs.RunError(
+            f"{path}: has {field} = {own!r}, where {experiment.name} has {expected!r}; move it away to go on"
+        )
 
 
 class Finished(NamedTuple):
@@ -193,23 +197,20 @@ class Finished(NamedTuple):
     value: float
 
 
-def finished(root: Path, experiment: Experiment, steps: int | None) -> dict[int, list[Finished]]:
-    """An experiment's runs by length, as far as they are as long as they were to be, or have `steps` (None: the
-    configuration's); of these, what they had then. Runs with other settings do not count.
+def finished(root: Path, experiment: Experiment, steps: int) -> dict[int, list[Finished]]:
+    """An experiment's runs by length: those as long as they were to be, and of the others those that have `steps`.
+
+    Their returns are those of that length. Runs with other settings do not count.
     """
-    limit = load_config(experiment).total_env_steps if steps is None else steps
+    settings = _settings(experiment)
     found: dict[int, list[Finished]] = {}
     for path in workdirs(root, experiment):
         fields = runs.read_config(path)
         lines = runs.read_metrics(path) if runs.has_metrics(path) else []
-        if fields is None or not lines:
-            continue
-        try:
-            check_run(path, experiment)
-        except runs.RunError:
+        if fields is None or not lines or _difference(fields, settings):
             continue
         whole = fields.get("total_env_steps")
-        length = whole if isinstance(whole, int) and lines[-1].get("env_steps", 0) >= whole else limit
+        length = whole if isinstance(whole, int) and lines[-1].get("env_steps", 0) >= whole else steps
         there = [line for line in lines if line.get("env_steps", 0) >= length]
         if there and there[0].get("result.true") is not None:
             found.setdefault(length, []).append(Finished(path, there[0]["result.true"]))
@@ -229,15 +230,14 @@ class Result(NamedTuple):
     standard_error: float | None
 
 
-def results_of(root: Path, experiment: Experiment, steps: int | None) -> list[Result]:
-    """What an experiment's finished runs reached: a row per length (see `finished`), or one for none."""
+def results_of(experiment: Experiment, ends: Mapping[int, list[Finished]], steps: int) -> list[Result]:
+    """What an experiment's `finished` runs reached: a row per length, or one, of `steps`, for none."""
     rows = []
-    for length, found in sorted(finished(root, experiment, steps).items()):
+    for length, found in sorted(ends.items()):
         values = [one.value for one in found]
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         rows.append(Result(experiment.name, length, len(values), statistics.fmean(values), error))
-    limit = load_config(experiment).total_env_steps if steps is None else steps
-    return rows or [Result(experiment.name, limit, 0, None, None)]
+    return rows or [Result(experiment.name, steps, 0, None, None)]
 
 
 def table(results: Iterable[Result]) -> str:

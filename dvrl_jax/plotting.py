@@ -80,7 +80,7 @@ def check_metric(loaded: list[Run], name: str) -> None:
 
 def _settings(run: Run) -> dict[str, str]:
     """What makes a run comparable: its fields without seed, length, log and checkpoint settings, as text."""
-    return {k: str(v) for k, v in run.fields.items() if k != "seed" and not config.is_changeable(k)}
+    return {field: str(value) for field, value in config.settings_of(run.fields).items()}
 
 
 def varied_fields(loaded: list[Run]) -> list[str]:

@@ -1,11 +1,13 @@
-"""What a process asks of its operating system: threads, one heap that is kept, streams that may lose their reader."""
+"""What a process asks of its operating system: threads, a heap, streams that may lose their reader, signals."""
 
 import contextlib
 import ctypes
 import errno
 import importlib.util
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,18 @@ class Unbroken:
 def outlive_readers() -> None:
     """From now on a closed terminal or pipe ends what this process prints, and not the process."""
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # The last when a terminal is closed.
+
+
+@contextlib.contextmanager
+def answering(handler: Any) -> Iterator[None]:
+    """Within it, the signals that stop a process are answered by `handler`; not SIGHUP where `nohup` has it ignored."""
+    is_heard = lambda number: number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    before = {number: signal.signal(number, handler) for number in STOPPING if is_heard(number)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +117,6 @@ def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, s
     print(flush=True)
 
 
-@contextlib.contextmanager
-def _signals(handler: Any) -> Iterator[None]:
-    """Within it, SIGINT, SIGTERM and SIGHUP are answered by `handler`; under nohup, which ignores it, not SIGHUP."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
 class _Loop:
     """Calls the compiled program, and writes log lines and checkpoints between the calls."""
 
@@ -155,10 +140,10 @@ class _Loop:
             began = time.monotonic()
             # Compile ahead, so that compile time is known as such and no step is taken by it. There is nothing to save
             # yet, and Python would answer no signal before the compiler returns: let the system answer.
-            with _signals(signal.SIG_DFL), compilation.cached(self.cache_program):
+            with process.answering(signal.SIG_DFL), compilation.cached(self.cache_program):
                 program = self.program.lower(state, jnp.int32(1)).compile()
             process.settle(self.config)
-            with _signals(self._on_signal):
+            with process.answering(self._on_signal):
                 progress.say(f"compiled in {time.monotonic() - began:.1f} s")
                 progress.restart_clock()
                 return self._run(program, state, progress)

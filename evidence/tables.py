@@ -33,10 +33,6 @@ from evidence import probe, references
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
-BEGIN = re.compile(r"^<!-- table: ", re.M)
-BLOCK = re.compile(
-    r"^(<!-- table: (\S+)(?: (course|probes|causes|evaluations))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S
-)
 
 RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
 LAST = 500_000  # The end of a run is judged by its returns over so many steps.
@@ -276,6 +272,8 @@ KINDS = {
     "causes": causes_table,
     "evaluations": evaluations_table,
 }
+BEGIN = re.compile(r"^<!-- table: ", re.M)
+BLOCK = re.compile(rf"^(<!-- table: (\S+)(?: ({'|'.join(KINDS)}))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
 
 def generate(text: str, results: Path = RESULTS) -> str:

@@ -32,7 +32,7 @@ def test_published_results_are_of_these_experiments():
     """Their runs have the configurations of experiments, but for the seed and what does not change what is learned."""
 
     def key(fields):
-        return json.dumps(experiments.settings_of(fields), sort_keys=True)
+        return json.dumps(config_lib.settings_of(fields), sort_keys=True)
 
     known = {key(config_lib.flatten(experiments.load_config(e))) for e in experiments.EXPERIMENTS.values()}
     for folder in ("scaled_noise", "small_step_noise", "ablations", "elbo", "longer"):
@@ -108,6 +108,10 @@ def test_the_table_keeps_what_was_run_before(tmp_path):
     assert "| hike/0.3/rnn | 160 | 1 | -120.00 |" in table and "| hike/0.15/rnn | 160 | 1 | -110.00 |" in table
 
 
+def results(root, experiment, steps):
+    return experiments.results_of(experiment, experiments.finished(root, experiment, steps), steps)
+
+
 def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
     """Rows by length: of runs at their own end, whatever the seed, put away or not, or at what is asked for."""
     experiment = experiments.EXPERIMENTS["hike/0.3/rnn"]
@@ -120,9 +124,9 @@ def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
     file.unlink()
     assert experiments.is_done(file.parent, 160)
     short, whole = (experiment.name, 80, 1, -5.0, None), (experiment.name, 160, 2, -2.0, 1.0)
-    assert experiments.results_of(tmp_path, experiment, None) == [short, whole]
-    assert experiments.results_of(tmp_path, experiment, 85) == [short, (experiment.name, 85, 1, -7.0, None), whole]
-    assert experiments.results_of(tmp_path / "elsewhere", experiment, 85) == [(experiment.name, 85, 0, None, None)]
+    assert results(tmp_path, experiment, experiments.load_config(experiment).total_env_steps) == [short, whole]
+    assert results(tmp_path, experiment, 85) == [short, (experiment.name, 85, 1, -7.0, None), whole]
+    assert results(tmp_path / "elsewhere", experiment, 85) == [(experiment.name, 85, 0, None, None)]
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):
@@ -180,13 +184,13 @@ def test_a_run_of_other_settings_is_refused_and_does_not_count(tmp_path):
     name = "hike-ablation/resampling/off"
     write_finished_run(tmp_path, name, -5.0)
     file = experiments.workdir(tmp_path, experiments.EXPERIMENTS[name], 0) / "config.json"
-    assert experiments.results_of(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 1
+    assert results(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 1
     file.write_text(json.dumps(json.loads(file.read_text()) | {"loss.reward_scale": 1.0}))
     command = [sys.executable, "reproduce.py", f"--root={tmp_path}", f"--only={name}", "--seeds=1", "--steps=160"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     expected = f"error: {file.parent}: has loss.reward_scale = 1.0, where {name} has 0.03; move it away to go on\n"
     assert result.returncode == 2 and result.stderr == expected
-    assert experiments.results_of(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 0
+    assert results(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 0
 
 
 def test_a_closed_terminal_stops_the_training_too(tmp_path, start):
@@ -198,6 +202,6 @@ def test_a_closed_terminal_stops_the_training_too(tmp_path, start):
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 129, output
-    assert "stopped by SIGHUP; checkpoint at update" in output
+    assert "stopped by SIGHUP; checkpoint at update" in output and f"{run}: stopped; the same command" in output
     runs.RunDirectory(run).close()  # Nobody trains there any more.
     assert not run.with_name("seed1").exists()

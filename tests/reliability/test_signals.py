@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dvrl_jax import reporting, runs, training
+from dvrl_jax import process, reporting, runs, training
 from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,7 +121,7 @@ def test_a_closed_terminal_saves_a_checkpoint(start, tmp_path):
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with training._signals(lambda *_: None):
+        with process.answering(lambda *_: None):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:
