@@ -109,7 +109,10 @@ def group_runs(loaded: list[Run]) -> dict[str, list[Run]]:
 
 
 def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
-    """Mean and sample standard deviation over the group's runs, on the steps that all of them cover."""
+    """Mean and sample standard deviation over the group's runs, on the steps that all of them cover.
+
+    The label says so if there are no such steps.
+    """
     series = []
     for run in group:
         steps = np.array(runs.column(run.lines, "env_steps"), float)
@@ -125,6 +128,8 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
     label = f"{label} ({len(series)} {'seeds' if are_seeds else 'runs'})"
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
+    if not grid.size:
+        label += ", no steps in common"
     values = np.stack([np.interp(grid, x, y) for x, y in series])
     return Curve(label, grid, values.mean(0), values.std(0, ddof=1))
 

@@ -77,6 +77,15 @@ def test_a_seed_without_values_is_not_counted(tmp_path):
     np.testing.assert_array_equal(curve.mean, [1.0, 2.0])
 
 
+def test_seeds_without_steps_in_common_are_named_as_such(tmp_path):
+    both = [
+        write_run(tmp_path / str(seed), steps, [1.0, 2.0], seed=seed) for seed, steps in enumerate(([1, 2], [3, 4]))
+    ]
+    curve = plotting.curve("rnn", both, "result.true")
+    assert curve.label == "rnn (2 seeds), no steps in common" and curve.steps.size == 0
+    plotting.plot(both, ["result.true"])
+
+
 def test_what_are_no_seeds_are_called_runs(tmp_path):
     both = [write_run(tmp_path / name, [10, 20], [1.0, 2.0], seed=3) for name in "ab"]
     assert plotting.curve("rnn", both, "result.true").label == "rnn (2 runs)"
