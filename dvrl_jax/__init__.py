@@ -11,6 +11,13 @@
     game = dvrl_jax.record(agent, dvrl_jax.make_env(config, num_envs=1, keep_view=True), jax.random.PRNGKey(1))
     pixels = dvrl_jax.painter_for(env).still(game)
 
+What an agent believes, that train.py has trained:
+
+    run = dvrl_jax.load_run("saved_runs/3")
+    many = dvrl_jax.make_env(run.config, num_envs=100, seed=1, keep_view=True)
+    seen = dvrl_jax.watch(run.agent, many, jax.random.PRNGKey(1), steps=75)
+    seen.belief.h, seen.belief.log_weight, seen.view  # [75, 100, ...] each.
+
 Nothing is written to disk by these; runs with directories, checkpoints and resuming are made by `train.py`.
 """
 
@@ -22,6 +29,10 @@ _HOMES = {
     "Environment": "envs",
     "Games": "evaluation",
     "Recording": "recording",
+    "Run": "api",
+    "Turn": "playing",
+    "Watched": "playing",
+    "load_run": "api",
     "make_agent": "api",
     "make_config": "api",
     "make_env": "api",
@@ -30,6 +41,7 @@ _HOMES = {
     "play": "evaluation",
     "record": "recording",
     "trained_agent": "api",
+    "watch": "playing",
 }
 
 __all__ = list(_HOMES)

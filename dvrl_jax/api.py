@@ -4,14 +4,15 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, compilation, envs, reporting
+from dvrl_jax import a2c, compilation, envs, evaluation, reporting
 from dvrl_jax import config as config_lib
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
@@ -53,6 +54,27 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
     return config_lib.from_fields(config_lib.flatten(config) | values, default)
+
+
+class Run(NamedTuple):
+    """A run of train.py: its configuration, and the agent of its checkpoint at `update`, ready to play."""
+
+    config: ConfigDict
+    agent: Agent
+    update: int
+
+
+def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
+    """Reads a run's directory, and changes nothing in it.
+
+    Args:
+        path: of the directory. checkpoint: "best" (by `result.true`), "latest", or an update number.
+    Raises:
+        RunError: there is no run, or no such checkpoint, or it is damaged; the message says what there is.
+    """
+    config = evaluation.read_run_config(Path(path), importlib.import_module("configs.default").get_config())
+    agent, update = evaluation.load_agent(Path(path), config, make_env(config, num_envs=1), str(checkpoint))
+    return Run(config, agent, update)
 
 
 def make_env(

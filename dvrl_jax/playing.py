@@ -1,4 +1,7 @@
-"""Playing with given weights, outside of training: evaluations, videos and probes are all made of these turns."""
+"""Playing with given weights, outside of training: evaluations, videos and probes are all made of these turns.
+
+`play` goes on for ever and keeps what it is asked to; `watch` keeps everything, beliefs included, of some turns.
+"""
 
 import functools
 import itertools
@@ -23,16 +26,45 @@ class Turn(NamedTuple):
 
     Attributes:
         before: what the environments showed. after: what they answered to the action.
+        fresh: [B] bool, it was the first observation of an episode.
         last: the belief that took the observation in, ready to predict from.
         policy: of the B environments. value: [B]. action: [B] or [B, A].
     """
 
     before: EnvState
+    fresh: Array
     last: Prediction
     policy: distrax.Distribution
     value: Array
     action: Array
     after: EnvState
+
+
+class Watched(NamedTuple):
+    """T turns of B environments, every array [T, B, ...]; entry t is what held when action t was chosen.
+
+    Attributes:
+        view: the true state, as `Environment.view` shows it.
+        obs: the observation that the agent got. observed: bool, it was not blanked.
+        fresh: bool, it was the first of an episode; belief and previous action started anew with it.
+        belief: the agent's, after that observation: a named tuple, of DVRL `dvrl_jax.agents.dvrl.Belief`.
+        value: V. policy: [T, B, A] action probabilities (discrete) or means (continuous). action: [T, B] or [T, B, A].
+        reward: of the underlying game, for that action. transition: bool, False for a turn that does not count, because
+            the environment only delivered an episode's first observation after it (see `EnvState`).
+        game_over: bool, the action ended the game.
+    """
+
+    view: Any
+    obs: Array
+    observed: Array
+    fresh: Array
+    belief: Any
+    value: Array
+    policy: Array
+    action: Array
+    reward: Array
+    transition: Array
+    game_over: Array
 
 
 def look(agent: Agent, actor: a2c.Actor, key: Array) -> Prediction:
@@ -52,7 +84,7 @@ def take_turn(
     policy, value = agent.heads(last.belief)
     action = policy.mode() if greedy else policy.sample(seed=action_key)
     state = env.step(actor.env, action)
-    turn = Turn(actor.env, last, policy, value, action, state)
+    turn = Turn(actor.env, actor.fresh, last, policy, value, action, state)
     return a2c.Actor(state, last.belief, agent.action_vector(action), state.done | ~state.transition), turn
 
 
@@ -90,3 +122,47 @@ def play(
     for call in itertools.count():
         actor, kept = program(weights, actor, keys_of(call))
         yield jax.tree.map(np.asarray, kept)
+
+
+def seen(env: Environment, turn: Turn) -> Watched:
+    """All of a turn, without the leading axis over turns."""
+    before, after, policy = turn.before, turn.after, turn.policy
+    return Watched(
+        view=env.view(before),
+        obs=before.obs,
+        observed=before.observed,
+        fresh=turn.fresh,
+        belief=turn.last.belief,
+        value=turn.value,
+        policy=policy.probs if env.action.discrete else policy.loc,
+        action=turn.action,
+        reward=after.true_reward,
+        transition=after.transition,
+        game_over=after.game_over,
+    )
+
+
+def watch(
+    agent: Agent,
+    env: Environment,
+    key: Array,
+    steps: int,
+    keep: Callable[[Agent, Turn, Array], Any] | None = None,
+    greedy: bool = False,
+) -> Any:
+    """Plays for `steps` turns in all environments, from new games on, and keeps what happened and was believed.
+
+    Args:
+        agent: with `use_running_average` set, if it uses batch norm. env: with `keep_view`, unless `keep` is given.
+        keep: of (agent, turn, key), which arrays to keep of each turn instead: a pytree of [B, ...]. It is compiled.
+        greedy: take the most probable action instead of sampling.
+    Returns:
+        a `Watched`, or what `keep` returned, of NumPy arrays [steps, B, ...].
+    Raises:
+        ValueError: `steps` is less than 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps = {steps}: must be at least 1")
+    keep = keep or (lambda agent, turn, key: seen(env, turn))
+    stretches = itertools.islice(play(agent, env, key, keep, greedy, min(steps, 100)), -(-steps // 100))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:steps], *stretches)

@@ -83,19 +83,9 @@ def record(
         raise ValueError(f"max_steps = {max_steps}: must be at least 1")
 
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> dict[str, Any]:
-        before, after, last, policy = turn.before, turn.after, turn.last, turn.policy
-        seen = {
-            "view": env.view(before),
-            "obs": before.obs,
-            "observed": before.observed,
-            "predictions": agent.predict(last, times, key),
-            "value": turn.value,
-            "policy": policy.probs if env.action.discrete else policy.loc,
-            "action": turn.action,
-            "reward": after.true_reward,
-            "counts": after.transition,
-            "over": after.game_over,
-        }
+        last = turn.last
+        seen = playing.seen(env, turn)._asdict() | {"predictions": agent.predict(last, times, key)}
+        del seen["belief"], seen["fresh"]
         # Beliefs made of weighted particles say so by this field.
         if hasattr(last.belief, "log_weight"):
             seen["weights"] = pf.normalised_weights(last.belief.log_weight)
@@ -107,11 +97,11 @@ def record(
     stretches = playing.play(agent, env, key, keep, greedy, STEPS_PER_CALL)
     for part in itertools.islice(stretches, -(-max_steps // STEPS_PER_CALL)):
         parts.append(part)
-        if part["over"].any():
+        if part["game_over"].any():
             break
     everything = jax.tree.map(lambda *x: np.concatenate(x)[:max_steps], *parts)
-    over = everything.pop("over")
-    counts = everything.pop("counts")
+    over = everything.pop("game_over")
+    counts = everything.pop("transition")
     if over.any():
         counts &= np.arange(len(over)) <= np.argmax(over)
     # Calls that only delivered a new episode's first frame are no steps of the game.

@@ -75,7 +75,7 @@ def play(agent: Agent, env: Environment, key: Array) -> Episodes:
             reconstruction=agent.predict(turn.last, (0,), key).get(0),
         )
 
-    return next(playing.play(agent, env, key, keep, steps_per_call=hike.EPISODE_LENGTH))
+    return playing.watch(agent, env, key, hike.EPISODE_LENGTH, keep)
 
 
 # --- Regression ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import dvrl_jax
 from dvrl_jax.config import ConfigError
 from dvrl_jax.runs import RunError
+from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_dim": 4, "log__interval": 2}
@@ -19,7 +20,8 @@ SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_
 def test_everything_that_is_offered_exists():
     for name in dvrl_jax.__all__:
         assert getattr(dvrl_jax, name).__doc__, name
-        assert name in dvrl_jax.__doc__ or name in ("Agent", "Environment", "Games", "Recording", "make_agent", "play")
+        kinds = ("Agent", "Environment", "Games", "Recording", "Run", "Turn", "Watched")
+        assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dvrl_jax.nonsense  # noqa: B018
 
@@ -57,6 +59,49 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
         dvrl_jax.record(agent, env, jax.random.key(0), max_steps=0)
     with pytest.raises(RunError, match="num_envs = 0: must be at least 1"):
         dvrl_jax.make_env(config, num_envs=0)
+
+
+def test_what_was_watched_fits_together(tmp_path):
+    """The next belief follows from this one, the action and the next observation; it starts anew with episodes."""
+    train(tmp_path / "run", tiny_hike("rnn", env__p_blank=0.5), total_env_steps=40)
+    run = dvrl_jax.load_run(tmp_path / "run", checkpoint="latest")
+    env = dvrl_jax.make_env(run.config, num_envs=4, seed=1, keep_view=True)
+    seen = dvrl_jax.watch(run.agent, env, jax.random.PRNGKey(1), steps=160)
+    assert seen.transition.all() and 0.4 < seen.observed.mean() < 0.6
+    np.testing.assert_array_equal(seen.obs[~seen.observed], 0.0)
+    assert np.abs(seen.obs - 10 * seen.view)[seen.observed].mean() < 5
+    np.testing.assert_array_equal(np.flatnonzero(seen.fresh.all(axis=1)), [0, 75, 150])
+    np.testing.assert_array_equal(seen.fresh[1:], seen.game_over[:-1])
+    agent = run.agent
+    for t in (0, 74, 100):
+        belief = agent.restart(jax.tree.map(lambda x, t=t: x[t], seen.belief), seen.fresh[t + 1])
+        action = np.where(seen.fresh[t + 1][:, None], 0.0, seen.action[t])
+        belief, _ = agent.update(belief, agent.encode(seen.obs[t + 1], action), seen.obs[t + 1], ())
+        policy, value = agent.heads(belief)
+        for computed, kept in ((belief.h, seen.belief.h), (value, seen.value), (policy.loc, seen.policy)):
+            np.testing.assert_allclose(computed, kept[t + 1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_is_read_with_its_particles(tmp_path):
+    train(tmp_path / "run", tiny_hike("dvrl"), total_env_steps=40)
+    run = dvrl_jax.load_run(tmp_path / "run", checkpoint=2)
+    assert run.update == 2 and run.config.model.num_particles == 3
+    program = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[-1]
+    names = {"dvrl_jax": dvrl_jax}
+    exec(program.replace("saved_runs/3", str(tmp_path / "run")), names)
+    belief = names["seen"].belief
+    assert belief.h.shape == (75, 100, 3, 8) and belief.log_weight.shape == (75, 100, 3)
+    env = dvrl_jax.make_env(run.config, num_envs=4)
+    ancestors = dvrl_jax.watch(
+        run.agent, env, jax.random.PRNGKey(1), 3, lambda agent, turn, key: turn.last.trace.ancestors
+    )
+    assert ancestors.shape == (3, 4, 3) and ancestors.max() <= 2
+    with pytest.raises(ValueError, match="steps = 0: must be at least 1"):
+        dvrl_jax.watch(run.agent, env, jax.random.PRNGKey(1), steps=0)
+    with pytest.raises(RunError, match="holds no run"):
+        dvrl_jax.load_run(tmp_path)
+    with pytest.raises(RunError, match=r"no checkpoint '7'; there are: 2"):
+        dvrl_jax.load_run(tmp_path / "run", checkpoint=7)
 
 
 def test_training_that_diverges_stops_and_says_why():
