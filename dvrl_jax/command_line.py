@@ -8,10 +8,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax import process
+from dvrl_jax import compilation, process
 from dvrl_jax.config import ConfigError, check_fields, check_made, flatten, from_fields, with_settings
 from dvrl_jax.discovery import DiscoveryError
 from dvrl_jax.runs import RunError
@@ -80,6 +81,10 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
             return main()
         except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
+        except jax.errors.JaxRuntimeError as error:
+            if not (said := re.search(r"Out of memory.*", str(error))):
+                raise
+            _fail(RunError(f"{said[0].rstrip('.')}; {compilation.WHAT_TAKES_LESS}"))
 
     process.outlive_readers()
     app.run(guarded, flags_parser=parse)

@@ -10,6 +10,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax.config import sees_images
+from dvrl_jax.runs import RunError
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
@@ -17,6 +18,7 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # Kernels of a CUDA graph that need nothing of each other run at the same time; and products are cuBLAS's, because XLA's
 # own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
+WHAT_TAKES_LESS = "fewer environments, particles, segments of a window or units of the model take less"
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 
 
@@ -44,6 +46,27 @@ def options(config, use_cache: bool = True) -> dict[str, str | bool]:
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
+
+
+def check_memory(program: jax.stages.Compiled) -> None:
+    """Makes sure that a program, its arguments included, fits into the memory of the device, before it is called.
+
+    Linux would grant more than there is and kill the process, or another one, when it is used.
+
+    Raises:
+        RunError: it does not.
+    """
+    sizes = program.memory_analysis()
+    if sizes is None:
+        return
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    needed += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    known = jax.devices()[0].memory_stats() or {}
+    there = known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise RunError(
+            f"training needs {needed / 1e9:.1f} GB of memory, and there are {there / 1e9:.1f}; {WHAT_TAKES_LESS}"
+        )
 
 
 @functools.cache

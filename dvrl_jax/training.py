@@ -78,7 +78,7 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
         env = envs.make_env(config.env, config.num_envs, seed)
         learner = a2c.make_learner(config, env)
         with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
-            state = learner.init(jax.random.PRNGKey(seed))
+            state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
         _describe(run, config, default, state)
         wall_time = 0.0
         restored = saver.restore(state)
@@ -142,6 +142,7 @@ class _Loop:
             # yet, and Python would answer no signal before the compiler returns: let the system answer.
             with process.answering(signal.SIG_DFL), compilation.cached(self.cache_program):
                 program = self.program.lower(state, jnp.int32(1)).compile()
+            compilation.check_memory(program)
             process.settle(self.config)
             with process.answering(self._on_signal):
                 progress.say(f"compiled in {time.monotonic() - began:.1f} s")

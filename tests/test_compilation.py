@@ -1,11 +1,16 @@
 """Programs get the options that suit them, and the cache holds what it may hold, whatever was compiled before."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dvrl_jax import a2c, compilation, envs
 from dvrl_jax import config as config_lib
+from dvrl_jax.runs import RunError
 from tests.tiny import tiny_hike, tiny_pong
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -66,3 +71,22 @@ def test_the_check_of_an_update_is_compiled_once():
     text = jax.jit(learner.run).lower(state, jnp.int32(1)).compile().as_text()
     checked = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.metrics.sums, state.actor))
     assert 0 < text.count(" is-finite(") <= 2 * len(checked)
+
+
+def test_a_program_that_does_not_fit_is_refused_before_it_is_called():
+    compilation.check_memory(jax.jit(lambda x: x + 1).lower(1.0).compile())
+    too_large = jax.jit(lambda x: x + jnp.zeros((10**6, 10**8))).lower(1.0).compile()
+    with pytest.raises(RunError, match=r"training needs 400000\.0 GB of memory, and there are \d+\.\d; fewer env"):
+        compilation.check_memory(too_large)
+
+
+def test_memory_that_is_not_there_is_one_sentence(tmp_path):
+    """Here the process may have 12 GB of addresses; the weights alone would take terabytes."""
+    train = [sys.executable, "train.py", "--config=configs/mountain_hike_dvrl.py", f"--workdir={tmp_path}/run"]
+    train += ["--config.model.h_dim=1000000", "--nocompilation_cache"]
+    command = ["bash", "-c", 'ulimit -v 12000000 && exec "$@"', "bash", *train]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: Out of memory allocating ") and result.stderr.count("\n") == 1
+    assert "fewer environments, particles" in result.stderr
