@@ -24,6 +24,7 @@ from dvrl_jax.agents import NO_TAPES, Agent, Tapes, UpdateInfo, bind
 from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
 from dvrl_jax.distinct import is_blank
 from dvrl_jax.envs.base import Environment, EnvState
+from dvrl_jax.envs.base import check as check_environment
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 from dvrl_jax.tape import Player, Recorder
 
@@ -271,6 +272,9 @@ def make_learner(config, env: Environment) -> Learner:
     Returns a `Learner` of functions: `init(key)` makes the state, `restart` gives it new episodes, `run(state, n)` does
     n updates (n is data: one compiled program serves all; fewer, if too many in a row are skipped), `roll_out` acts for
     a segment, `gradient` is the gradient across the window, and `draw` makes a segment's randomness.
+
+    Raises:
+        RunError: the agent's beliefs are not as `Agent` says.
     """
     num_envs, num_steps, gamma = env.num_envs, config.num_steps, config.loss.gamma
     optimizer = make_optimizer(config.optimizer)
@@ -280,7 +284,9 @@ def make_learner(config, env: Environment) -> Learner:
     def agent_of(params, batch_stats) -> Agent:
         return bind(graphdef, params, batch_stats)
 
-    agent_verbs = agent_of(*nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:])
+    abstract = nnx.split(abstract_agent, nnx.Param, nnx.BatchStat)[1:]
+    agent_verbs = agent_of(*abstract)
+    jax.eval_shape(lambda *states: agents.check(agent_of(*states), num_envs), *abstract)
 
     # A GPU takes all particles at once with as many kernels as a few of them.
     by_lineages = agent_verbs.has_lineages and jax.default_backend() != "gpu"
@@ -439,8 +445,14 @@ def make_learner(config, env: Environment) -> Learner:
         )
 
     def init(key: Array) -> TrainState:
-        """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments."""
+        """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments.
+
+        Raises:
+            RunError: the environment is not as `Environment` says.
+        """
         agent_key, env_key, train_key = jax.random.split(key, 3)
-        return restart(untrained(agent_key, train_key), env.reset(env_key))
+        env_state = env.reset(env_key)
+        check_environment(env, env_state)
+        return restart(untrained(agent_key, train_key), env_state)
 
     return Learner(init, restart, run, roll_out, gradient, draw, graphdef)

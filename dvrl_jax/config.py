@@ -218,6 +218,9 @@ def _check(c: ConfigDict) -> None:
             require("loss.encoding_coef", c.loss.encoding_coef == 0, _RNN_ENCODING)
         else:
             require("loss.encoding_coef", c.loss.encoding_coef > 0, _RNN_NO_ENCODING)
+    if c.loss.encoding_coef == 0:
+        rule = "False without loss.encoding_coef, where nothing else would train the belief"
+        require("model.detach_encoder", not c.model.detach_encoder, rule)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
     kind, own = envs.find(c.env.name), sorted(envs.named())

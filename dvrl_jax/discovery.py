@@ -16,7 +16,8 @@ def named(base: type, package: str) -> dict[str, type]:
     class that was defined again in the same module, as in a notebook, the latest counts.
 
     Raises:
-        DiscoveryError: a module cannot be imported, or two of them use the same name.
+        DiscoveryError: a module cannot be imported, two of them use the same name, or a setting is no value that a
+            configuration can have.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         try:
@@ -34,8 +35,16 @@ def named(base: type, package: str) -> dict[str, type]:
             raise DiscoveryError(
                 f"{' and '.join(sorted(modules))}: both call a class {name!r}; give one another `name`"
             )
+        _check_settings(kind)
         found[name] = kind
     return found
+
+
+def _check_settings(kind: type) -> None:
+    for setting, value in getattr(kind, "settings", {}).items():
+        if not all(isinstance(part, int | float | str) for part in (value if isinstance(value, tuple) else (value,))):
+            said = f"{kind.__module__}: {kind.__name__} has the setting {setting} = {value!r}"
+            raise DiscoveryError(f"{said}, which must be a number, a text, a truth value or a tuple of these")
 
 
 def _subclasses(kind: type) -> Iterator[type]:

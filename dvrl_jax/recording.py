@@ -32,6 +32,7 @@ class Recording(NamedTuple):
         weights: [T, K] normalised weights; None for beliefs without particles.
         value: [T]. policy: [T, A] action probabilities (discrete) or means (continuous).
         action: [T] or [T, A]. reward: [T], of the underlying game, for that action.
+        belief: the agent's, of arrays [T, ...], such as `dvrl_jax.agents.dvrl.Belief`.
     """
 
     view: np.ndarray
@@ -44,6 +45,7 @@ class Recording(NamedTuple):
     policy: np.ndarray
     action: np.ndarray
     reward: np.ndarray
+    belief: Any = None
 
     @property
     def effective_sample_size(self) -> np.ndarray:
@@ -85,7 +87,7 @@ def record(
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> dict[str, Any]:
         last = turn.last
         seen = playing.seen(env, turn)._asdict() | {"predictions": agent.predict(last, times, key)}
-        del seen["belief"], seen["fresh"]
+        del seen["fresh"]
         # Beliefs made of weighted particles say so by this field.
         if hasattr(last.belief, "log_weight"):
             seen["weights"] = pf.normalised_weights(last.belief.log_weight)

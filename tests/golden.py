@@ -27,15 +27,11 @@ class Recording(Environment):
         self.action = action
 
     def reset(self, key):
-        no = jnp.zeros(self.num_envs, bool)
-        zero = jnp.zeros(self.num_envs)
-        return EnvState(jnp.zeros((), jnp.int32), self.obs[0], zero, no, ~no, zero, no, ~no)
+        return EnvState.begin(jnp.zeros((), jnp.int32), self.obs[0])
 
     def step(self, state, action):
         t = state.inner
-        yes = jnp.ones(self.num_envs, bool)
-        reward, done = self.reward[t], self.done[t]
-        return EnvState(t + 1, self.obs[t + 1], reward, done, yes, reward, done, yes)
+        return EnvState.go_on(t + 1, self.obs[t + 1], self.reward[t], self.done[t])
 
 
 class Golden:

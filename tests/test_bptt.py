@@ -14,6 +14,9 @@ from tests.tiny import tiny_config
 
 NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
+# Beliefs by name, with a policy (categorical or gaussian) and with batch norm or without.
+CASES = ["dvrl-categorical-bn", "rnn-gaussian"]
+
 
 def recorded_episodes(discrete: bool) -> Recording:
     """Random observations, some of them blank, and rewards; episodes end in the first, a middle and the last step of
@@ -87,7 +90,7 @@ def relative_difference(a, b):
     return (total / sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(b))) ** 0.5
 
 
-@pytest.fixture(scope="module", params=["dvrl-categorical-bn", "rnn-gaussian"])
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
     algorithm, policy, *norm = request.param.split("-")
     env = recorded_episodes(policy == "categorical")

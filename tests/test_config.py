@@ -55,6 +55,14 @@ def test_an_impossible_value_is_named(field, value, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["mountain_hike_rnn", "mountain_hike_dvrl"])
+def test_a_detached_belief_needs_a_loss_of_its_own(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.update_from_flattened_dict({"model.detach_encoder": True, "loss.encoding_coef": 0.0})
+    with pytest.raises(config_lib.ConfigError, match=r"^model.detach_encoder = True: must be False without loss.enc"):
+        config_lib.finalise(config)
+
+
 def test_an_rnn_has_both_weights_of_its_observation_loss_or_none():
     for values, message in [
         ({"model.obs_loss_coef": 1.0}, "loss.encoding_coef = 0.0: must be greater than 0 .* model.obs_loss_coef"),

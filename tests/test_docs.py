@@ -129,8 +129,8 @@ assert config.algorithm == "averager" and config.model.first_rate == 1
 
 def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
     environment, config, _, belief, _ = python_blocks_of_extending()
-    for name in ("dvrl_jax", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("dvrl_jax", "configs", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("golden", "reliability"))
     for name in ("train.py", "evaluate.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "dvrl_jax" / "envs" / "remember_the_light.py").write_text(environment)
@@ -164,6 +164,15 @@ def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
     assert said == "error: there is no picture of RememberTheLight; its class needs a `painter` (docs/extending.md)\n"
     mountain = "--config=configs/mountain_hike_rnn.py"
     assert "algorithm = 'rnn': contradicts the run in run" in run("train.py", mountain, code=2)
+
+    test_bptt = tmp_path / "tests" / "test_bptt.py"
+    cases = "CASES = ["
+    assert cases in test_bptt.read_text()
+    test_bptt.write_text(test_bptt.read_text().replace(cases, cases + '"averager-categorical", '))
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "averager and unrolled and 2"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_bptt.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
 
     def refused(text: str, message: str) -> None:
         """With a module of this text among the environments."""

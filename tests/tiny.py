@@ -30,7 +30,7 @@ def none_blank(obs):
 
 def tiny_config(algorithm: str, **fields):
     """A small vector configuration; `fields` are dotted names with `__` for the dot."""
-    c = default.get_config()
+    c = config_lib.with_settings(default.get_config(), [algorithm])
     c.algorithm = algorithm
     c.num_envs, c.num_steps, c.bptt_segments = 3, 2, 2
     c.model.channels, c.model.h_dim, c.model.z_dim, c.model.action_encoding = (8, 8), 8, 5, 4
@@ -104,8 +104,7 @@ class Recall(Environment):
     def reset(self, key):
         key, cue_key = jax.random.split(key)
         inner = self.Inner(self._cues(cue_key), jnp.zeros(self.num_envs, jnp.int32), key)
-        no, zero = jnp.zeros(self.num_envs, bool), jnp.zeros(self.num_envs)
-        return EnvState(inner, self._observe(inner), zero, no, ~no, zero, no, ~no)
+        return EnvState.begin(inner, self._observe(inner))
 
     def step(self, state, action):
         cue, time, key = state.inner
@@ -114,8 +113,7 @@ class Recall(Environment):
         reward = jnp.where(time == 0, 0.0, jnp.where(right, 1.0, -1.0))
         done = time + 1 == self.LENGTH
         inner = self.Inner(jnp.where(done, self._cues(cue_key), cue), jnp.where(done, 0, time + 1), key)
-        yes = jnp.ones_like(done)
-        return EnvState(inner, self._observe(inner), reward, done, yes, reward, done, yes)
+        return EnvState.go_on(inner, self._observe(inner), reward, done)
 
     def _cues(self, key):
         return jnp.where(jax.random.bernoulli(key, 0.5, (self.num_envs,)), 1.0, -1.0)

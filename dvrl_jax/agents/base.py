@@ -31,6 +31,7 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
+from dvrl_jax.runs import RunError
 from dvrl_jax.tape import NO_TAPE, Tape
 
 Array = jax.Array
@@ -100,6 +101,21 @@ def bind(graphdef: nnx.GraphDef, *states: nnx.State) -> "Agent":
     return nnx.merge(graphdef, *jax.tree.map(lambda x: x, states))
 
 
+def check(agent: "Agent", num_envs: int) -> None:
+    """Makes sure that an agent's beliefs are as `Agent.initial` says.
+
+    Raises:
+        RunError: they are not.
+    """
+    belief = agent.initial(num_envs)
+    h = getattr(belief, "h", None)
+    if not hasattr(belief, "_replace") or not hasattr(h, "shape") or h.shape[:1] != (num_envs,):
+        raise RunError(
+            f"{type(agent).__name__}: initial returns {type(belief).__name__}, and must return a named tuple with the "
+            f"field h, one array [{num_envs}, ...]; several recurrent arrays are put together into one"
+        )
+
+
 class Agent(nnx.Module, abc.ABC):
     """Encoders, actor and critic; subclasses add the belief.
 
@@ -148,7 +164,7 @@ class Agent(nnx.Module, abc.ABC):
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
     def encode(self, obs: Array, prev_action: Array, tapes: Tapes = NO_TAPES) -> Inputs:
-        """Encodes obs [B, ...] (integers are taken as 0..255) and prev_action [B, A]."""
+        """Encodes obs [B, ...] (uint8 are pixels, 0..255) and prev_action [B, A]."""
         return self.add_action(self.see(obs, tapes.see), prev_action, tapes.add_action)
 
     def see(self, obs: Array, tape: Tape = NO_TAPE) -> Any:
@@ -179,8 +195,10 @@ class Agent(nnx.Module, abc.ABC):
 
     @staticmethod
     def as_float(obs: Array) -> Array:
-        """Observations as floating point numbers; integer pixels 0..255 become 0..1."""
-        return obs.astype(jnp.float32) / 255.0 if jnp.issubdtype(obs.dtype, jnp.integer) else obs
+        """Observations as floating point numbers; pixels, which are uint8, become 0..1."""
+        if obs.dtype == jnp.uint8:
+            return obs.astype(jnp.float32) / 255.0
+        return obs if jnp.issubdtype(obs.dtype, jnp.floating) else obs.astype(jnp.float32)
 
     def initial_action(self, num_envs: int) -> Array:
         """The previous action at the start of an episode, [B, A]: action 0 (one-hot) or the zero vector."""
@@ -220,14 +238,17 @@ class Agent(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def initial(self, num_envs: int) -> Any:
-        """The belief of `num_envs` fresh episodes: a named tuple with the recurrent state in field `h`."""
+        """The belief of `num_envs` fresh episodes: a named tuple with the recurrent state, one array, in field `h`.
+
+        All zeros, which is also what `restart` makes of a belief when the next episode begins.
+        """
 
     @staticmethod
     def restart(belief: Any, fresh: Array) -> Any:
-        """The belief with every array [B, ...] set to 0 where fresh [B]."""
+        """A belief, or its h alone, with every array [B, ...] set to 0 where fresh [B]."""
 
         def zero(x):
-            return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 1)), 0.0, x)
+            return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 1)), jnp.zeros_like(x), x)
 
         return jax.tree.map(zero, belief)
 
@@ -238,10 +259,17 @@ class Agent(nnx.Module, abc.ABC):
     def update(
         self, belief: Any, inputs: Inputs, obs: Array, draws: Any, tapes: Tapes = NO_TAPES
     ) -> tuple[Any, UpdateInfo]:
-        """Takes obs [B, ...] and its encoded inputs into the belief."""
+        """Takes obs [B, ...] and its encoded inputs into the belief.
+
+        Raises:
+            RunError: `weigh` changes h.
+        """
         trace = self.choose(belief, draws)
         step = self.transition(belief.h, inputs, trace, tapes.transition)
-        return self.weigh(step, inputs, trace, obs, tapes.weigh)
+        after, info = self.weigh(step, inputs, trace, obs, tapes.weigh)
+        if after.h is not step.h:
+            raise RunError(f"{type(self).__name__}: weigh changes h, and must leave it as it is in the step")
+        return after, info
 
     @abc.abstractmethod
     def choose(self, belief: Any, draws: Any) -> Any:
@@ -253,7 +281,7 @@ class Agent(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def weigh(self, step: Any, inputs: Inputs, trace: Any, obs: Array, tape: Tape = NO_TAPE) -> tuple[Any, UpdateInfo]:
-        """The belief after a step that met obs [B, ...], and how well it foresaw it."""
+        """The belief after a step that met obs [B, ...], with the step's h, and how well it foresaw it."""
 
     @abc.abstractmethod
     def summarise(self, belief: Any, tape: Tape = NO_TAPE) -> Array:

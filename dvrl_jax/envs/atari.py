@@ -87,9 +87,7 @@ class Atari(Environment):
         del key
         self._pool.async_reset()
         handle, (obs, *_) = jax.jit(self._recv)(jnp.asarray(self._handle))
-        no = jnp.zeros(self.num_envs, bool)
-        zero = jnp.zeros(self.num_envs)
-        return EnvState((handle, no), _to_nhwc(obs), zero, no, ~no, zero, no, ~no)
+        return EnvState.begin((handle, jnp.zeros(self.num_envs, bool)), _to_nhwc(obs))
 
     def step(self, state: EnvState, action: Array) -> EnvState:
         handle, was_done = state.inner

@@ -5,10 +5,14 @@ An environment is an object with static facts (`num_envs`, `observation`, `actio
 """
 
 import abc
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from dvrl_jax.runs import RunError
 
 Array = jax.Array
 
@@ -55,6 +59,21 @@ class EnvState(NamedTuple):
     game_over: Array
     observed: Array
 
+    @classmethod
+    def begin(cls, inner: Any, obs: Array) -> "EnvState":
+        """What `reset` returns: new episodes everywhere, observed for the first time."""
+        no, zero = jnp.zeros(obs.shape[0], bool), jnp.zeros(obs.shape[0])
+        return cls(inner, obs, reward=zero, done=no, transition=~no, true_reward=zero, game_over=no, observed=~no)
+
+    @classmethod
+    def go_on(cls, inner: Any, obs: Array, reward: Array, done: Array) -> "EnvState":
+        """What `step` returns where each call is a transition, an episode is a game, and rewards are as they are.
+
+        Where done, `obs` is the first observation of the next episode.
+        """
+        yes = jnp.ones_like(done)
+        return cls(inner, obs, reward, done, transition=yes, true_reward=reward, game_over=done, observed=yes)
+
 
 class Environment(abc.ABC):
     """A batch of `num_envs` environments. Wrappers implement the same interface around another one.
@@ -82,7 +101,12 @@ class Environment(abc.ABC):
             ValueError: it cannot be made so; the message says why.
         """
         del seed
-        return cls(num_envs, **{setting: config[setting] for setting in cls.settings})
+        settings = {setting: config[setting] for setting in cls.settings}
+        try:
+            inspect.signature(cls).bind(num_envs, **settings)
+        except TypeError as error:
+            raise ValueError(f"its __init__ does not take num_envs and its settings: {error}") from None
+        return cls(num_envs, **settings)
 
     @classmethod
     def observation_of(cls, config, num_envs: int) -> ObservationSpec:
@@ -105,3 +129,47 @@ class Environment(abc.ABC):
     def view(self, state: EnvState) -> Any:
         """What a person is shown of the true state, arrays [B, ...]: the observation, where nothing says more."""
         return state.obs
+
+
+# What is in an EnvState besides `inner` and `obs`: for each of the environments a number or a truth value.
+_NUMBERS, _TRUTHS = ("reward", "true_reward"), ("done", "transition", "game_over", "observed")
+
+
+def check(env: Environment, state: EnvState) -> None:
+    """Makes sure that what `reset` has returned, and what `step` would, are as `Environment` and `EnvState` say.
+
+    Raises:
+        RunError: they are not; the message says what is, and what should be.
+    """
+    name = env.name or type(env).__name__
+    _check_state(f"{name}: reset", env, state)
+    action = (env.num_envs,) if env.action.discrete else (env.num_envs, env.action.size)
+    action = jax.ShapeDtypeStruct(action, jnp.int32 if env.action.discrete else jnp.float32)
+    after = jax.eval_shape(env.step, state, action)
+    _check_state(f"{name}: step", env, after)
+    if jax.tree.structure(state) != jax.tree.structure(after):
+        raise RunError(f"{name}: step returns an `inner` of other parts than reset does")
+    for (path, before), now in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(after), strict=True):
+        if _kind(before) != _kind(now):
+            place = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise RunError(f"{name}: step returns {place} as {_kind(now)}, and reset as {_kind(before)}")
+
+
+def _check_state(maker: str, env: Environment, state: Any) -> None:
+    if not isinstance(state, EnvState):
+        raise RunError(f"{maker} returns {type(state).__name__}, and must return an EnvState")
+    batch = (env.num_envs,)
+    wanted = {"obs": ((*batch, *env.observation.shape), env.observation.dtype)}
+    wanted |= dict.fromkeys(_NUMBERS, (batch, jnp.float32)) | dict.fromkeys(_TRUTHS, (batch, bool))
+    for field, (shape, dtype) in wanted.items():
+        should = jax.ShapeDtypeStruct(shape, dtype)
+        found = jax.ShapeDtypeStruct(jnp.shape(getattr(state, field)), jnp.result_type(getattr(state, field)))
+        # Numbers may have more bits, where JAX is set to that.
+        same = found.dtype == should.dtype or all(jnp.issubdtype(x.dtype, jnp.floating) for x in (found, should))
+        if not same or found.shape != should.shape:
+            raise RunError(f"{maker} returns {field} as {_kind(found)}, and must return {_kind(should)}")
+
+
+def _kind(x: Any) -> str:
+    """Type and shape of an array, for messages: float32[4, 2]."""
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"

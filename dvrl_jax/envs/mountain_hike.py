@@ -85,10 +85,7 @@ class MountainHike(Environment):
         shape = (self.num_envs, 2)
         position = jnp.asarray(START) + START_STD * jax.random.normal(start_key, shape)
         inner = HikeState(position, jnp.zeros(self.num_envs, jnp.int32), key)
-        no = jnp.zeros(self.num_envs, bool)
-        zero = jnp.zeros(self.num_envs)
-        obs = self._observe(position, jax.random.normal(noise_key, shape))
-        return EnvState(inner, obs, zero, no, ~no, zero, no, ~no)
+        return EnvState.begin(inner, self._observe(position, jax.random.normal(noise_key, shape)))
 
     def step(self, state: EnvState, action: Array) -> EnvState:
         """Moves, pays, and observes; after `EPISODE_LENGTH` steps the next observation is a new episode's first."""
@@ -101,8 +98,7 @@ class MountainHike(Environment):
         done = time + 1 >= EPISODE_LENGTH
         position = jnp.where(done[:, None], jnp.asarray(START) + START_STD * start_noise, position)
         inner = HikeState(position, jnp.where(done, 0, time + 1), key)
-        obs = self._observe(position, reading_noise)
-        return EnvState(inner, obs, reward, done, jnp.ones_like(done), reward, done, jnp.ones_like(done))
+        return EnvState.go_on(inner, self._observe(position, reading_noise), reward, done)
 
     def view(self, state: EnvState) -> Array:
         """True positions [B, 2]."""

@@ -37,14 +37,12 @@ class Script(Environment):
 
     @staticmethod
     def first(obs, reward, done):
-        no, zero = jnp.zeros(NUM_ENVS, bool), jnp.zeros(NUM_ENVS)
         inner = (jnp.zeros((), jnp.int32), *map(jnp.asarray, (np.float32(obs), np.float32(reward), done)))
-        return EnvState(inner, inner[1][0], zero, no, ~no, zero, no, ~no)
+        return EnvState.begin(inner, inner[1][0])
 
     def step(self, state, action):
         t, obs, rewards, dones = state.inner
-        yes, reward, done = jnp.ones(NUM_ENVS, bool), rewards[t], dones[t]
-        return EnvState((t + 1, obs, rewards, dones), obs[t + 1], reward, done, yes, reward, done, yes)
+        return EnvState.go_on((t + 1, obs, rewards, dones), obs[t + 1], rewards[t], dones[t])
 
 
 class Case:
