@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -73,7 +74,12 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
         RunError: there is no run, or no such checkpoint, or it is damaged; the message says what there is.
     """
     config = evaluation.read_run_config(Path(path), importlib.import_module("configs.default").get_config())
-    agent, update = evaluation.load_agent(Path(path), config, make_env(config, num_envs=1), str(checkpoint))
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, which is what is wanted.
+    try:
+        agent, update = evaluation.load_agent(Path(path), config, make_env(config, num_envs=1), str(checkpoint))
+    finally:
+        logging.set_verbosity(before)
     return Run(config, agent, update)
 
 
