@@ -17,7 +17,6 @@ from dvrl_jax.envs import Environment
 
 Array = jax.Array
 
-STEPS_PER_CALL = 100
 MAX_STEPS = 200_000  # Longer than any game: EnvPool cuts games off, and a life cannot go on for ever.
 
 
@@ -100,8 +99,8 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
         return state.true_reward, state.transition, state.game_over & state.transition
 
     total, length, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64), np.zeros(env.num_envs, bool)
-    stretches = playing.play(agent, env, key, keep, greedy, STEPS_PER_CALL)
-    for rewards, transitions, ends in itertools.islice(stretches, MAX_STEPS // STEPS_PER_CALL):
+    stretches = playing.play(agent, env, key, keep, greedy)
+    for rewards, transitions, ends in itertools.islice(stretches, MAX_STEPS // playing.STEPS_PER_CALL):
         for reward, transition, end in zip(rewards, transitions, ends, strict=True):
             counts = transition & ~over
             total += np.where(counts, reward, 0.0)

@@ -20,6 +20,8 @@ from dvrl_jax.envs import Environment, EnvState
 
 Array = jax.Array
 
+STEPS_PER_CALL = 100
+
 
 class Turn(NamedTuple):
     """One observation taken in and one action, for B environments.
@@ -94,7 +96,7 @@ def play(
     key: Array,
     keep: Callable[[Agent, Turn, Array], Any],
     greedy: bool = False,
-    steps_per_call: int = 100,
+    steps_per_call: int = STEPS_PER_CALL,
 ) -> Iterator[Any]:
     """Plays on and on; each item is what was kept of the next `steps_per_call` turns.
 
@@ -164,5 +166,6 @@ def watch(
     if steps < 1:
         raise ValueError(f"steps = {steps}: must be at least 1")
     keep = keep or (lambda agent, turn, key: seen(env, turn))
-    stretches = itertools.islice(play(agent, env, key, keep, greedy, min(steps, 100)), -(-steps // 100))
+    per_call = min(steps, STEPS_PER_CALL)
+    stretches = itertools.islice(play(agent, env, key, keep, greedy, per_call), -(-steps // per_call))
     return jax.tree.map(lambda *x: np.concatenate(x)[:steps], *stretches)
