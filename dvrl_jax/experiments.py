@@ -94,9 +94,10 @@ def _comparisons() -> dict[str, tuple[Experiment, ...]]:
         others = (_hike(kind, NOISE[-1], agent) for kind in ("hike-scaled", "hike"))
         found[f"{search}/reward-scale"] = (rates["3e-4"], *others)
     compare("hike-ablation/particles", hikes["dvrl"], "model.num_particles", same(HIKE_PARTICLES))
-    for noise in NOISE:
-        base = _hike("hike-small-step", noise, "dvrl")
-        compare(f"hike-ablation/joint/{noise}", base, "model.detach_encoder", {"detached": True})
+    for kind, name in {"hike-small-step": "joint", "hike-scaled": "joint-scaled"}.items():
+        for noise in NOISE:
+            base = _hike(kind, noise, "dvrl")
+            compare(f"hike-ablation/{name}/{noise}", base, "model.detach_encoder", {"detached": True})
     compare("hike-ablation/resampling", hikes["dvrl"], "model.resample", {"off": False})
     compare("hike-search/dvrl/elbo", hikes["dvrl"], "loss.encoding_coef", same(HIKE_ENCODING_COEFS), "-")
     return found

@@ -24,7 +24,7 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 11 + 6
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 14 + 6
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
@@ -46,7 +46,7 @@ def test_published_results_are_of_these_experiments():
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 66),
+        ([], 69),
         (["hike"], 6),
         (["hike-scaled"], 6),
         (["hike-small-step"], 6),
@@ -54,8 +54,8 @@ def test_published_results_are_of_these_experiments():
         (["atari/*/rnn"], 10),
         (["ablation/particles"], 4),
         (["hike/0.3/dvrl", "atari/Pong/rnn"], 2),
-        (["hike-ablation"], 11),
-        (["hike-ablation/*"], 15),  # With the four that they are compared with.
+        (["hike-ablation"], 14),
+        (["hike-ablation/*"], 21),  # With the seven that they are compared with.
         (["hike-ablation/joint/0.15"], 2),
         (["hike-search/dvrl/learning-rate"], 3),
         (["hike-search/*/reward-scale"], 6),
