@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax import agents
+from dvrl_jax import agents, envs
 from dvrl_jax.agents import NO_TAPES, Agent, Tapes, UpdateInfo, bind
 from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
 from dvrl_jax.distinct import is_blank
 from dvrl_jax.envs.base import Environment, EnvState
-from dvrl_jax.envs.base import check as check_environment
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 from dvrl_jax.tape import Player, Recorder
 
@@ -452,7 +451,7 @@ def make_learner(config, env: Environment) -> Learner:
         """
         agent_key, env_key, train_key = jax.random.split(key, 3)
         env_state = env.reset(env_key)
-        check_environment(env, env_state)
+        envs.check(env, env_state)
         return restart(untrained(agent_key, train_key), env_state)
 
     return Learner(init, restart, run, roll_out, gradient, draw, graphdef)

@@ -51,10 +51,14 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
         raise config_lib.ConfigError(f"{name}: {said}: arguments of a configuration are texts")
     config = module.get_config(*arguments)
     config_lib.check_made(config, f"{name}: get_config")
-    default = importlib.import_module("configs.default").get_config()
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.from_fields(config_lib.flatten(config) | values, default)
+    return config_lib.from_fields(config_lib.flatten(config) | values, _default())
+
+
+def _default() -> ConfigDict:
+    """The configuration that has every field."""
+    return importlib.import_module("configs.default").get_config()
 
 
 class Run(NamedTuple):
@@ -73,11 +77,12 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
     Raises:
         RunError: there is no run, or no such checkpoint, or it is damaged; the message says what there is.
     """
-    config = evaluation.read_run_config(Path(path), importlib.import_module("configs.default").get_config())
+    path = Path(path)
+    config = evaluation.read_run_config(path, _default())
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, which is what is wanted.
     try:
-        agent, update = evaluation.load_agent(Path(path), config, make_env(config, num_envs=1), str(checkpoint))
+        agent, update = evaluation.load_agent(path, config, make_env(config, num_envs=1), str(checkpoint))
     finally:
         logging.set_verbosity(before)
     return Run(config, agent, update)

@@ -82,9 +82,9 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
         except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
         except jax.errors.JaxRuntimeError as error:
-            if not (said := re.search(r"Out of memory.*", str(error))):
+            if (lacking := compilation.lack_of_memory(error)) is None:
                 raise
-            _fail(RunError(f"{said[0].rstrip('.')}; {compilation.WHAT_TAKES_LESS}"))
+            _fail(lacking)
 
     process.outlive_readers()
     app.run(guarded, flags_parser=parse)

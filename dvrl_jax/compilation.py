@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,6 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # Kernels of a CUDA graph that need nothing of each other run at the same time; and products are cuBLAS's, because XLA's
 # own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
-WHAT_TAKES_LESS = "fewer environments, particles, segments of a window or units of the model take less"
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 
 
@@ -64,9 +64,16 @@ def check_memory(program: jax.stages.Compiled) -> None:
     known = jax.devices()[0].memory_stats() or {}
     there = known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise RunError(
-            f"training needs {needed / 1e9:.1f} GB of memory, and there are {there / 1e9:.1f}; {WHAT_TAKES_LESS}"
-        )
+        raise RunError(f"training needs {needed / 1e9:.1f} GB of memory, and there are {there / 1e9:.1f}; {_LESS}")
+
+
+def lack_of_memory(error: jax.errors.JaxRuntimeError) -> RunError | None:
+    """What to say if an error of JAX's is that memory could not be had; None if it is another one."""
+    said = re.search(r"Out of memory.*", str(error))
+    return RunError(f"{said[0].rstrip('.')}; {_LESS}") if said else None
+
+
+_LESS = "fewer environments, particles, segments of a window or units of the model take less"
 
 
 @functools.cache
