@@ -57,8 +57,17 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
 
 
 def _default() -> ConfigDict:
-    """The configuration that has every field."""
-    return importlib.import_module("configs.default").get_config()
+    """The configuration that has every field.
+
+    Raises:
+        ConfigError: `configs/` is not there to be imported.
+    """
+    try:
+        return importlib.import_module("configs.default").get_config()
+    except ModuleNotFoundError as error:
+        if error.name not in ("configs", "configs.default"):
+            raise
+        raise config_lib.ConfigError("there is no configs/default.py in the working directory or on sys.path") from None
 
 
 class Run(NamedTuple):
@@ -76,6 +85,7 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
         path: of the directory. checkpoint: "best" (by `result.true`), "latest", or an update number.
     Raises:
         RunError: there is no run, or no such checkpoint, or it is damaged; the message says what there is.
+        ConfigError: `configs/` is not there to be imported.
     """
     path = Path(path)
     config = evaluation.read_run_config(path, _default())

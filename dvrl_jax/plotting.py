@@ -149,6 +149,8 @@ def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
         for index, (label, group) in enumerate(groups.items()):
             line = curve(label, group, metric, smooth)
+            if metric == "loss.encoding" and not line.mean.any():
+                line = Curve(line.label, np.array([]), np.array([]), None)  # A belief that has no ELBO, not one of 0.
             style = LINE_STYLES[index // NUM_COLORS % len(LINE_STYLES)]
             axis.plot(line.steps / 1e6, line.mean, style, color=f"C{index}", label=line.label)
             if line.spread is not None:

@@ -18,6 +18,9 @@ from dvrl_jax import config as config_lib
 # signals are answered.
 MAX_CALL_SECONDS = 10.0
 
+# After so many updates in a row without a single step that counts, something is wrong with the environment.
+MAX_UPDATES_WITHOUT_STEPS = 100
+
 
 class Interrupted(Exception):
     """Training was stopped by a signal, after saving a checkpoint; `signum` says which."""
@@ -132,6 +135,7 @@ class _Loop:
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
+        self.last_update, self.last_steps = 0, 0  # The latest update whose steps counted, and those steps.
         self.saved_at = self.start
 
     def run(self, state: a2c.TrainState) -> a2c.TrainState:
@@ -155,7 +159,8 @@ class _Loop:
 
     def _run(self, program: jax.stages.Compiled, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
         limit = 1  # Updates per call; grows to what MAX_CALL_SECONDS allow.
-        self.line_steps = int(state.env_steps)
+        self.line_steps = self.last_steps = int(state.env_steps)
+        self.last_update = int(state.update)
         while (remaining := self._remaining_updates(state)) > 0 and self.signum is None:
             update = int(state.update)
             count = min(remaining, limit, *(every - update % every for every in self._intervals()))
@@ -184,6 +189,7 @@ class _Loop:
 
     def _after_call(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
         update, steps = int(state.update), int(state.env_steps)
+        self._check_advance(update, steps)
         results = state.episodes.summary()
         metrics = state.metrics.means()
         failed = int(state.skipped_in_row) >= self.config.max_skipped_updates
@@ -210,6 +216,15 @@ class _Loop:
         if is_end or self._is_time_to_save(update):
             self._save(state)
         return state
+
+    def _check_advance(self, update: int, steps: int) -> None:
+        if steps > self.last_steps:
+            self.last_update, self.last_steps = update, steps
+        elif update - self.last_update >= MAX_UPDATES_WITHOUT_STEPS:
+            name, count = self.config.env.name, update - self.last_update
+            raise runs.RunError(
+                f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)"
+            )
 
     def _is_time_to_save(self, update: int) -> bool:
         every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes

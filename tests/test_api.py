@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -38,6 +39,15 @@ def test_wrong_names_are_answered_in_one_sentence():
         dvrl_jax.make_config("atari_dvrl", 3)
     with pytest.raises(ConfigError, match=r"model\.h_dm: there is no such field; did you mean model\.h_dim"):
         dvrl_jax.make_config("mountain_hike_rnn", model__h_dm=3)
+
+
+def test_without_configurations_it_is_said_where_they_are_looked_for(tmp_path, monkeypatch):
+    for module in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "configs").is_dir()])
+    for call in (lambda: dvrl_jax.load_run(tmp_path), lambda: dvrl_jax.make_config("mountain_hike_rnn")):
+        with pytest.raises(ConfigError, match=r"there is no configs/\w+\.py in the working directory or on sys\.path"):
+            call()
 
 
 def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():

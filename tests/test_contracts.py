@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, agents, discovery
+from dvrl_jax import a2c, agents, discovery, training
 from dvrl_jax.agents.rnn import RNN, Belief
-from dvrl_jax.envs import EnvState, ObservationSpec
+from dvrl_jax.envs import EnvState, MountainHike, ObservationSpec
 from dvrl_jax.runs import RunError
-from tests.tiny import Recall, tiny_config
+from tests.tiny import Recall, tiny_config, tiny_hike, train
 
 
 class Changed(Recall):
@@ -75,6 +75,16 @@ def test_an_environment_that_breaks_its_promises_is_refused(make, message):
     with pytest.raises(RunError) as error:
         learner.init(jax.random.PRNGKey(0))
     assert message in str(error.value)
+
+
+def test_an_environment_in_which_no_step_counts_is_not_trained_for_ever(tmp_path, monkeypatch):
+    intact = MountainHike.step
+    idle = lambda env, state, action: intact(env, state, action)._replace(transition=jnp.zeros(env.num_envs, bool))
+    monkeypatch.setattr(MountainHike, "step", idle)
+    monkeypatch.setattr(training, "MAX_UPDATES_WITHOUT_STEPS", 20)
+    with pytest.raises(RunError, match=r"^MountainHike: no call of step in the last 20 updates was a `transition`"):
+        train(tmp_path / "run", tiny_hike("rnn", total_env_steps=1000))
+    assert [step.name for step in (tmp_path / "run" / "checkpoints").glob("*")] == []
 
 
 def test_settings_are_what_a_configuration_can_hold_and_the_class_takes():

@@ -68,6 +68,17 @@ def test_seeds_without_a_value_yet_are_drawn_as_nothing(tmp_path):
     plotting.plot(both, ["result.true"])
 
 
+def test_a_belief_without_an_elbo_is_not_drawn_as_one_of_zero(tmp_path):
+    for name, losses in (("rnn", [0.0, 0.0]), ("dvrl", [6.0, 5.0])):
+        run = write_run(tmp_path / name, [10, 20], [1.0, 2.0], algorithm=name)
+        lines = [line | {"loss.encoding": loss} for line, loss in zip(run.lines, losses, strict=True)]
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both = [plotting.load_run(tmp_path / name) for name in ("rnn", "dvrl")]
+    returns, losses = plotting.plot(both, ["result.true", "loss.encoding"]).axes
+    assert [line.get_ydata().tolist() for line in returns.lines] == [[1.0, 2.0]] * 2
+    assert [line.get_ydata().tolist() for line in losses.lines] == [[], [6.0, 5.0]]
+
+
 def test_a_seed_without_values_is_not_counted(tmp_path):
     both = [
         write_run(tmp_path / str(seed), [10, 20], values, seed=seed) for seed, values in enumerate(([1, 2], [None] * 2))
