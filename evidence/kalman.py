@@ -44,6 +44,17 @@ def schedule(observation_std: float, steps: int = hike.EPISODE_LENGTH) -> Schedu
     return Schedule(*np.array(rows).T)
 
 
+def least_encoding_loss(observation_std: float, steps: int = hike.EPISODE_LENGTH) -> float:
+    """The least -ELBO that a belief can have on average, in nats per step: what observations cost under this filter.
+
+        -E log p(o_t | o_0 .. o_{t-1}, a_0 .. a_{t-1}) = log(2 pi e SCALE^2 (v- + sigma^2)),    of both coordinates,
+
+    averaged over the `steps` of an episode. The ELBO is a bound of the logarithm, so that no belief's loss is less.
+    """
+    variances = hike.OBSERVATION_SCALE**2 * (schedule(observation_std, steps).prior + observation_std**2)
+    return float(np.mean(np.log(2.0 * np.pi * np.e * variances)))
+
+
 def first_mean(num_envs: int) -> Array:
     """Mean [B, 2] before the first reading."""
     return jnp.broadcast_to(jnp.asarray(hike.START), (num_envs, 2))

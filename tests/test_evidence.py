@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from configs import default
 from dvrl_jax import a2c, api, checkpoints, plotting, runs
@@ -51,6 +52,17 @@ def test_the_exact_filter_agrees_with_many_particles(sigma):
     np.testing.assert_allclose(exact, means, atol=0.003)
     expected = kalman.schedule(sigma, 15).posterior
     np.testing.assert_allclose(variances, np.stack([expected, expected], axis=1), rtol=0.05)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.0])
+def test_the_least_encoding_loss_is_the_entropy_of_an_episodes_observations(sigma):
+    steps = 6
+    # Standing still, readings have the start and all disturbances so far in common.
+    times = np.arange(steps)
+    shared = 0.1**2 + 0.025**2 * np.minimum(times[:, None], times)
+    covariance = 10.0**2 * (shared + sigma**2 * np.eye(steps))
+    entropy = stats.multivariate_normal(cov=covariance).entropy()
+    assert kalman.least_encoding_loss(sigma, steps) == pytest.approx(2 * entropy / steps, rel=1e-6)
 
 
 def test_readings_without_noise_are_believed_and_the_blind_know_only_how_far_noise_has_led():
