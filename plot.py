@@ -1,5 +1,6 @@
 """Plots metrics of runs: python plot.py --id 3,4,5 [--metric result.true,loss.encoding] [--out plots/comparison]"""
 
+import json
 from pathlib import Path
 
 from absl import flags
@@ -12,7 +13,9 @@ WORKDIRS = flags.DEFINE_list("workdir", [], "Directories of runs, besides or ins
 ROOT = flags.DEFINE_string("root", "saved_runs", "Where numbered runs are.")
 METRICS = flags.DEFINE_list("metric", ["result.true"], "Metrics to plot, a panel each.")
 SMOOTH = flags.DEFINE_integer("smooth", 1, "Average over this many log lines; 1 does not smooth.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "File name without ending; PNG and SVG are written. Default: plots/<runs>.")
+OUT = flags.DEFINE_string(
+    "out", None, "File name without ending; PNG and SVG are written. Default: plots/<runs>-<metrics>."
+)
 
 
 def main() -> int:
@@ -25,11 +28,11 @@ def main() -> int:
         raise runs.RunError("--metric: name at least one metric, for example --metric result.true")
     if not paths:
         raise runs.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
-    defaults = config.flatten(default.get_config())
+    defaults = json.loads(config.to_json(default.get_config()))  # As files have them.
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
-    name = f"plots/{plotting.name_of(paths)}" if OUT.value is None else OUT.value
+    name = f"plots/{plotting.name_of(paths, METRICS.value)}" if OUT.value is None else OUT.value
     name = name.removesuffix(".png").removesuffix(".svg")
     if not name or name.endswith(("/", ".")):
         raise runs.RunError(f"--out: {OUT.value!r} is no name of a file")

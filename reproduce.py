@@ -151,7 +151,8 @@ def report(chosen: list[Experiment], root: Path) -> None:
     # Of each experiment the longest runs: a curve is of the steps that all its runs have.
     longest = {one.name: ends[one.name][max(ends[one.name])] for one in chosen if ends[one.name]}
     for comparison, members in experiments.COMPARISONS.items():
-        loaded = [plotting.load_run(one.path) for name in members for one in longest.get(name, [])]
+        defaults = lambda name: experiments.fields_of(experiments.EXPERIMENTS[name])
+        loaded = [plotting.load_run(one.path, defaults(name)) for name in members for one in longest.get(name, [])]
         if not loaded:
             continue
         print(plotting.save(plotting.plot(loaded, ["result.true"]), root / "figures" / comparison)[0])

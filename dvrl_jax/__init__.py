@@ -18,7 +18,8 @@ What an agent believes, that train.py has trained:
     seen = dvrl_jax.watch(run.agent, many, jax.random.PRNGKey(1), steps=75)
     seen.belief.h, seen.belief.log_weight, seen.view  # [75, 100, ...] each.
 
-Nothing is written to disk by these; runs with directories, checkpoints and resuming are made by `train.py`.
+These write nothing but compiled programs, into JAX's cache in the user's cache directory (`XDG_CACHE_HOME`); runs with
+directories, checkpoints and resuming are made by `train.py`.
 """
 
 import importlib

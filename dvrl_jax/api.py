@@ -22,6 +22,9 @@ from dvrl_jax.runs import RunError
 Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
 
 
+_WHERE = "on sys.path; run in the repository's root, or set PYTHONPATH to it"
+
+
 def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     """A checked configuration from `configs/`.
 
@@ -38,8 +41,7 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     except ModuleNotFoundError as error:
         if error.name not in ("configs", f"configs.{name}"):
             raise
-        message = f"{name}: there is no configs/{name}.py in the working directory or on sys.path"
-        raise config_lib.ConfigError(message) from None
+        raise config_lib.ConfigError(f"{name}: there is no configs/{name}.py {_WHERE}") from None
     if not hasattr(module, "get_config"):
         raise config_lib.ConfigError(f"{name}: configs/{name}.py has no function get_config")
     said = ", ".join(map(str, arguments)) or "no argument"
@@ -53,10 +55,10 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     config_lib.check_made(config, f"{name}: get_config")
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.from_fields(config_lib.flatten(config) | values, _default())
+    return config_lib.from_fields(config_lib.flatten(config) | values, default_config())
 
 
-def _default() -> ConfigDict:
+def default_config() -> ConfigDict:
     """The configuration that has every field.
 
     Raises:
@@ -67,7 +69,7 @@ def _default() -> ConfigDict:
     except ModuleNotFoundError as error:
         if error.name not in ("configs", "configs.default"):
             raise
-        raise config_lib.ConfigError("there is no configs/default.py in the working directory or on sys.path") from None
+        raise config_lib.ConfigError(f"there is no configs/default.py {_WHERE}") from None
 
 
 class Run(NamedTuple):
@@ -88,7 +90,7 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
         ConfigError: `configs/` is not there to be imported.
     """
     path = Path(path)
-    config = evaluation.read_run_config(path, _default())
+    config = evaluation.read_run_config(path, default_config())
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, which is what is wanted.
     try:
@@ -124,7 +126,8 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
     Raises:
         TypeError: by `train`, if `num_updates` is no whole number.
         ValueError: by `train`, if `state` has been continued from before.
-        RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite.
+        RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite. This and a
+            KeyboardInterrupt (Ctrl-C) have what there was until then: `error.state` and `error.history`.
     """
     learner = a2c.make_learner(config, env)
     program = compilation.jit(learner.run, config)
@@ -137,16 +140,20 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         elif isinstance(state.update, jax.Array) and state.update.is_deleted():
             raise ValueError("state: has been continued from before; give train the state that it returned last")
         history, end = [], int(state.update) + num_updates
-        with compilation.cached(env.restorable):
-            while (update := int(state.update)) < end:
-                count = min(end - update, config.log.interval - update % config.log.interval)
-                state = program(state, jnp.int32(count))
-                if int(state.skipped_in_row) >= config.max_skipped_updates:
-                    raise RunError(reporting.why_stopped(state))
-                if int(state.update) % config.log.interval == 0:
-                    line = {"update": int(state.update), "env_steps": int(state.env_steps)}
-                    history.append(line | state.episodes.summary() | state.metrics.means())
-                    state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+        try:
+            with compilation.cached(env.restorable):
+                while (update := int(state.update)) < end:
+                    count = min(end - update, config.log.interval - update % config.log.interval)
+                    state = program(state, jnp.int32(count))
+                    if int(state.skipped_in_row) >= config.max_skipped_updates:
+                        raise RunError(reporting.why_stopped(state))
+                    if int(state.update) % config.log.interval == 0:
+                        line = {"update": int(state.update), "env_steps": int(state.env_steps)}
+                        history.append(line | state.episodes.summary() | state.metrics.means())
+                        state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+        except (KeyboardInterrupt, RunError) as error:
+            error.state, error.history = state, history
+            raise
         return state, history
 
     return train

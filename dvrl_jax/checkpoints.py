@@ -205,6 +205,8 @@ class Checkpoints:
     def _vet_results(self, read_only: bool) -> None:
         """Sets checkpoints aside whose `result.true` is damaged: Orbax would refuse the whole directory."""
         for path in sorted(self.directory.glob("[0-9]*/metrics/metrics")):
+            if not path.parent.parent.name.isdecimal():
+                continue  # Set aside before.
             try:
                 float(json.loads(path.read_bytes())["result.true"])
             except FileNotFoundError:

@@ -3,12 +3,13 @@
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import agents, envs, networks
+from dvrl_jax import agents, envs, networks, runs
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
 CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
@@ -138,6 +139,21 @@ def from_fields(fields: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
                 f"settings of {name}, which must call it something else"
             )
     return finalise(config)
+
+
+def of_run(path: Path, default: ConfigDict, **changes: Any) -> ConfigDict | None:
+    """The configuration stored in a run's directory, with `changes` by dotted name; None if there is none.
+
+    Raises:
+        RunError: it is damaged, or not one that can be trained.
+    """
+    fields = runs.read_config(path)
+    if fields is None:
+        return None
+    try:
+        return from_fields(fields | changes, default)
+    except ConfigError as error:
+        raise runs.RunError(f"{path / 'config.json'}: {error}") from None
 
 
 def finalise(config: ConfigDict) -> ConfigDict:

@@ -49,13 +49,10 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     Raises:
         RunError: there is no run in it, or its configuration is damaged.
     """
-    fields = runs.read_config(path)
-    if fields is None:
+    config = config_lib.of_run(path, default, **{"env.first_core": -1})
+    if config is None:
         raise runs.RunError(f"{path}: holds no run (there is no config.json)")
-    try:
-        return config_lib.from_fields(fields | {"env.first_core": -1}, default)
-    except config_lib.ConfigError as error:
-        raise runs.RunError(f"{path / 'config.json'}: {error}") from None
+    return config
 
 
 def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str) -> tuple[Agent, int]:
@@ -126,7 +123,11 @@ def check_video(path: Path, default: ConfigDict, video: Path) -> None:
 def evaluate(
     path: Path, default: ConfigDict, episodes: int, greedy: bool, checkpoint: str, seed: int
 ) -> dict[str, Any]:
-    """Plays `episodes` games with a run's checkpoint and returns the summary."""
+    """Plays `episodes` games with a run's checkpoint and returns the summary (`Games.summary`, and of what it is).
+
+    Raises:
+        RunError: there is no run, or no such checkpoint, or it is damaged, or a game does not end.
+    """
     config = read_run_config(path, default)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = load_agent(path, config, env, checkpoint)

@@ -169,9 +169,13 @@ def is_done(path: Path, steps: int) -> bool:
     return line is not None and line["env_steps"] >= steps
 
 
+def fields_of(experiment: Experiment) -> dict[str, Any]:
+    """The configuration of an experiment's runs, as their `config.json` has it, by dotted names."""
+    return json.loads(config_lib.to_json(load_config(experiment)))
+
+
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    """The settings of an experiment's runs, as `config.json` has them."""
-    return config_lib.settings_of(json.loads(config_lib.to_json(load_config(experiment))))
+    return config_lib.settings_of(fields_of(experiment))
 
 
 def _difference(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
@@ -253,7 +257,8 @@ def table(results: Iterable[Result]) -> str:
 # --- How long it takes -----------------------------------------------------------------------------------------------
 
 # Fields that do not change what is computed, only with which numbers.
-SAME_PROGRAM = ("seed", "total_env_steps", "log.", "checkpoint.", "optimizer.", "env.observation_std")
+SAME_PROGRAM = ("seed", "total_env_steps", "max_skipped_updates", "log.", "checkpoint.", "optimizer.")
+SAME_PROGRAM += ("env.observation_std", "env.first_core")
 SAME_PROGRAM += ("loss.gamma", "loss.reward_scale", "loss.entropy_coef")
 
 
@@ -272,18 +277,24 @@ class Speeds:
     """Environment steps per second by program, in `root/speeds.json` and in the runs below `root`."""
 
     def __init__(self, root: Path):
+        from dvrl_jax import api
+
         self.path = root / "speeds.json"
         try:
-            self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+            with runs.reading(self.path):
+                self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
         except ValueError:
             message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
             raise runs.RunError(message) from None
         self._seen: dict[str, list[float]] = {}
         for metrics in sorted(root.glob("**/metrics.jsonl")):
-            fields = runs.read_config(metrics.parent)
+            try:
+                config = config_lib.of_run(metrics.parent, api.default_config())
+            except runs.RunError:
+                continue  # Of another version of the code.
             values = [line["obs.fps"] for line in runs.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]
-            if fields and values:
-                self._seen.setdefault(program_of(fields), []).append(statistics.median(values))
+            if config and values:
+                self._seen.setdefault(program_of(config_lib.flatten(config)), []).append(statistics.median(values))
 
     def get(self, experiment: Experiment) -> tuple[float | None, str]:
         """(steps per second, where the number is from)."""
@@ -297,5 +308,6 @@ class Speeds:
     def add(self, experiment: Experiment, steps_per_second: float) -> None:
         """Stores a measurement."""
         self._measured[program_of(config_lib.flatten(load_config(experiment)))] = steps_per_second
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._measured, indent=1) + "\n")
+        with runs.writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        runs.replace(self.path, json.dumps(self._measured, indent=1) + "\n")

@@ -8,7 +8,8 @@ import abc
 import contextlib
 import math
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,35 +38,74 @@ class Logger(abc.ABC):
 
 
 class TensorBoard(Logger):
-    """Event files in the run's folder `tensorboard/`, under the names of metrics.jsonl."""
+    """Event files in the run's folder `tensorboard/`, under the names of metrics.jsonl.
+
+    Each line is written when it comes, not in a thread beside: whoever waited for one that has failed, for want of
+    space, would wait for ever.
+    """
 
     def __init__(self, run: runs.RunDirectory, config: ConfigDict):
-        from tensorboardX import SummaryWriter
+        """Writes what the run has so far.
 
-        folder = run.path / "tensorboard"
-        for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        self._writer = SummaryWriter(str(folder))
-        if run.metrics_path.exists():
-            for line in runs.read_metrics(run.path):
-                self.line(line)
+        Raises:
+            RunError: it cannot be written.
+        """
+        from tensorboardX import event_file_writer
+
+        self._folder = run.path / "tensorboard"
+        with runs.writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            for path in self._folder.glob("events.out.tfevents.*"):
+                path.unlink()
+            self._writer = event_file_writer.EventsWriter(str(self._folder / "events"))
+        for line in runs.read_metrics(run.path) if run.metrics_path.exists() else []:
+            if not line.get("final", False):  # The end that training now goes on from.
+                self._add(_scalars(line), line["env_steps"])
         for update in reconstructions.saved_updates(run.path):
-            arrays = reconstructions.load(run.path, update)
+            try:
+                arrays = reconstructions.load(run.path, update)
+            except runs.RunError as error:
+                print(f"{error}; TensorBoard shows nothing of that update", flush=True)
+                continue
             picture = reconstructions.picture(config.env.name, arrays)
             if picture is not None:
-                self.image("reconstructions", picture, int(arrays["env_steps"]))
+                self._add([_picture("reconstructions", picture)], int(arrays["env_steps"]))
+        self._flush()
 
     def line(self, line: Mapping[str, Any]) -> None:
-        for name, value in numbers(line).items():
-            self._writer.add_scalar(name, value, line["env_steps"])
-        self._writer.flush()
+        self._add(_scalars(line), line["env_steps"])
+        self._flush()
 
     def image(self, name: str, image: np.ndarray, env_steps: int) -> None:
-        self._writer.add_image(name, image, env_steps, dataformats="HWC")
-        self._writer.flush()
+        self._add([_picture(name, image)], env_steps)
+        self._flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with runs.writing(self._folder):
+            self._writer.close()
+
+    def _add(self, summaries: Iterable[Any], env_steps: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with runs.writing(self._folder):
+            for summary in summaries:
+                self._writer.write_event(Event(wall_time=time.time(), step=env_steps, summary=summary))
+
+    def _flush(self) -> None:
+        with runs.writing(self._folder):
+            self._writer.flush()
+
+
+def _scalars(line: Mapping[str, Any]) -> list[Any]:
+    from tensorboardX import summary
+
+    return [summary.scalar(name, value) for name, value in numbers(line).items()]
+
+
+def _picture(name: str, image: np.ndarray) -> Any:
+    from tensorboardX import summary
+
+    return summary.image(name, image, dataformats="HWC")
 
 
 class WeightsAndBiases(Logger):
@@ -76,7 +116,7 @@ class WeightsAndBiases(Logger):
         self._wandb = wandb
         id_path = run.path / "wandb_id"
         if not id_path.exists():
-            id_path.write_text(secrets.token_hex(4) + "\n")
+            runs.replace(id_path, secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             project="dvrl_jax",
             name=run.path.name,
@@ -105,6 +145,7 @@ class Loggers(Logger):
 
         Raises:
             ConfigError: `log.wandb` is set and wandb is not installed.
+            RunError: something cannot be written.
         """
         with contextlib.ExitStack() as opened:
             self._loggers: list[Logger] = []

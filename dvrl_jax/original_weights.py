@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dvrl_jax import networks
-from dvrl_jax.agents import DVRL, Agent
+from dvrl_jax.agents import DVRL, RNN, Agent
 
 # Entries of a state_dict that have no counterpart here.
 _UNUSED = re.compile(r"(num_batches_tracked|obs_criterion.*)$")
@@ -29,14 +29,17 @@ def from_original(agent: Agent, arrays: Mapping[str, np.ndarray]) -> Agent:
     Returns:
         `agent`.
     Raises:
-        ValueError: a name is missing, unknown, or has another shape than the agent's sizes require.
+        ValueError: a name is missing, unknown, or has another shape than the agent's sizes require, or the agent is of
+            no kind that the original has; its weights are as they were.
     """
     pending = _Pending(arrays)
-    for variable, value in _assignments(agent, pending):
+    found = list(_assignments(agent, pending))
+    for variable, value in found:
         if value.shape != variable[...].shape:
             raise ValueError(f"original weights: expected shape {variable[...].shape}, found {value.shape}")
-        variable[...] = jnp.asarray(value, variable[...].dtype)
     pending.check_all_used()
+    for variable, value in found:
+        variable[...] = jnp.asarray(value, variable[...].dtype)
     return agent
 
 
@@ -96,6 +99,8 @@ class _Pending:
 
 def _assignments(agent: Agent, source: _Pending):
     """Yields (variable, value in our layout) for every parameter of the agent."""
+    if not isinstance(agent, DVRL | RNN):
+        raise ValueError(f"original weights: are DVRL's or the RNN's, not those of {type(agent).__name__}")
     is_dvrl = isinstance(agent, DVRL)
     prefix = "encoding_network." if is_dvrl else ""
     yield from _encoder(agent.encoder, source, prefix + ("phi_x" if is_dvrl else "encoder"))

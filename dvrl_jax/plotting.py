@@ -12,7 +12,7 @@ from dvrl_jax import config, runs
 UNITS = {
     "result": "return per episode",
     "loss": "loss",
-    "loss.encoding": "-ELBO (nats per step)",
+    "loss.encoding": "-ELBO (nats per step), or observation loss",
     "loss.entropy": "policy entropy (nats)",
     "particles.killed": "particles killed per step",
     "episodes.num_ended": "episodes",
@@ -64,11 +64,14 @@ def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
     return Run(path, dict(defaults) | fields, runs.read_metrics(path))
 
 
-def name_of(paths: list[Path], longest: int = 100) -> str:
-    """A file's name for a plot of these runs: their directories' names, or the first and the last of many."""
-    names = [path.resolve().name for path in paths]
-    whole = "_".join(names)
-    return whole if len(whole) <= longest else f"{names[0]}_to_{names[-1]}"[:longest]
+def name_of(paths: list[Path], metrics: list[str], longest: int = 100) -> str:
+    """A file's name for a plot of these metrics of these runs: both in full, or the first and the last of many."""
+
+    def said(names: list[str]) -> str:
+        whole = "_".join(names)
+        return whole if len(whole) <= longest else f"{names[0]}_to_{names[-1]}"[:longest]
+
+    return f"{said([path.resolve().name for path in paths])}-{said(metrics)}"
 
 
 def check_metric(loaded: list[Run], name: str) -> None:

@@ -1,12 +1,14 @@
 """What the agent reconstructs and predicts while it trains, as arrays and as a picture.
 
     saved_runs/7/reconstructions/<update>/observation.npy     [B, ...] the observations that the environments gave
+    saved_runs/7/reconstructions/<update>/observed.npy        [B] bool, False where that is a blank
     saved_runs/7/reconstructions/<update>/prediction_<dt>.npy [B, ...] expected dt steps later; dt = 0 reconstructs
     saved_runs/7/reconstructions/<update>/env_steps.npy       transitions so far
 
 Images are stored as uint8, vectors as they are.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, envs, playing
+from dvrl_jax import a2c, envs, playing, runs
 from dvrl_jax.agents import bind
 
 Array = jax.Array
@@ -36,7 +38,8 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
         agent = bind(graphdef, params, batch_stats)
         look_key, predict_key = jax.random.split(key)
         predicted = agent.predict(playing.look(agent, actor, look_key), times, predict_key)
-        return {"observation": actor.env.obs} | {f"prediction_{dt}": value for dt, value in predicted.items()}
+        seen = {"observation": actor.env.obs, "observed": actor.env.observed}
+        return seen | {f"prediction_{dt}": value for dt, value in predicted.items()}
 
     def of_state(state: a2c.TrainState) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, KEY), state.update)
@@ -60,22 +63,42 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays by name below a run's directory; a folder is there whole or not at all."""
+    """Writes arrays by name below a run's directory; a folder is there whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     folder = path / FOLDER / str(update)
     temporary = folder.with_name(f".{update}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with runs.writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, array in arrays.items():
+            with open(temporary / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 def load(path: Path, update: int) -> dict[str, np.ndarray]:
-    """Reads what `save` wrote."""
-    return {
-        file.stem: np.load(file, allow_pickle=False) for file in sorted((path / FOLDER / str(update)).glob("*.npy"))
-    }
+    """Reads what `save` wrote.
+
+    Raises:
+        RunError: a file is damaged or missing.
+    """
+    folder = path / FOLDER / str(update)
+    arrays = {}
+    for file in sorted(folder.glob("*.npy")):
+        try:
+            arrays[file.stem] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise runs.RunError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    for name in ("observation", "env_steps"):
+        if name not in arrays:
+            raise runs.RunError(f"{folder}: has no {name}.npy")
+    return arrays
 
 
 def saved_updates(path: Path) -> list[int]:
@@ -102,4 +125,6 @@ def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
     times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))
     if painter is None or not times:
         return None
-    return painter.predictions(observation, {dt: arrays[f"prediction_{dt}"][:MAX_SHOWN] for dt in times})
+    observed = arrays.get("observed", np.ones(len(arrays["observation"]), bool))[:MAX_SHOWN]  # Older ones do not say.
+    predicted = {dt: arrays[f"prediction_{dt}"][:MAX_SHOWN] for dt in times}
+    return painter.predictions(observation, observed, predicted)

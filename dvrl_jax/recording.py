@@ -27,8 +27,8 @@ class Recording(NamedTuple):
         obs: [T, ...] the observation that the agent got. observed: [T] bool, it was not blanked.
         predictions: {dt: [T, ...]}, observations expected dt steps later if the last action is repeated; dt = 0 is the
             reconstruction. Empty for an agent that predicts nothing.
-        particles: [T, K, ...] what each particle alone reconstructs; None for images (there would be too much of it)
-            and for beliefs without particles.
+        particles: [T, K, ...] what each particle alone reconstructs; None for images (there would be too much of it),
+            for beliefs without particles, and for agents that predict nothing.
         weights: [T, K] normalised weights; None for beliefs without particles.
         value: [T]. policy: [T, A] action probabilities (discrete) or means (continuous).
         action: [T] or [T, A]. reward: [T], of the underlying game, for that action.
@@ -91,7 +91,7 @@ def record(
         # Beliefs made of weighted particles say so by this field.
         if hasattr(last.belief, "log_weight"):
             seen["weights"] = pf.normalised_weights(last.belief.log_weight)
-            if not env.observation.is_image:
+            if not env.observation.is_image and 0 in agent.predict(last, (0,), key):
                 seen["particles"] = particles_alone(agent, last, key)
         return jax.tree.map(lambda x: x[0], seen)
 

@@ -50,10 +50,6 @@ class Progress:
             share = 100 * env_steps / self._total
             self.say(f"{env_steps:,} steps ({share:.1f}%), {speed:,.0f} steps/s, {left} left, {text}")
 
-    def restart_clock(self) -> None:
-        """Leaves the time so far (compilation) out of the speed."""
-        self._start, self._start_steps = time.monotonic(), self._done
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

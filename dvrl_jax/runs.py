@@ -20,9 +20,15 @@ from typing import Any
 
 SAVED_RUNS = Path("saved_runs")
 
+# What is measured of a run, besides metrics.jsonl, by training and by the programs that read it.
+MEASURED = ("reconstructions", "tensorboard", "wandb", "wandb_id", "evaluation-*.json", "probe-*.json", "causes-*.json")
+
 
 class RunError(RuntimeError):
-    """A run directory that cannot be used; the message is one sentence that names the file."""
+    """What a user can put right, other than a configuration (`ConfigError`): a file, an environment, too little memory.
+
+    The message is one sentence that names it.
+    """
 
 
 def next_directory(root: Path = SAVED_RUNS) -> Path:
@@ -60,8 +66,14 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot write there ({error.strerror})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
+            self._lock.close()
             raise RunError(f"{self.path}: another process is training in this directory") from None
+        except OSError as error:
+            self._lock.close()
+            message = f"{self.path}: cannot be locked ({error.strerror}), which keeps two runs from writing there"
+            raise RunError(message) from None
+        self._ends_early = False  # The last line of metrics is to go when the next one comes.
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         try:
@@ -86,15 +98,12 @@ class RunDirectory:
     def close(self) -> None:
         self._lock.close()
 
-    def read_config(self) -> dict[str, Any] | None:
-        """The stored configuration by dotted names; None if there is none yet.
+    def write_config(self, text: str) -> None:
+        """Writes config.json in one step.
 
         Raises:
-            RunError: config.json is not readable as one.
+            RunError: it cannot be written; the old one stays.
         """
-        return read_config(self.path)
-
-    def write_config(self, text: str) -> None:
         replace(self.config_path, text)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -104,6 +113,10 @@ class RunDirectory:
             RunError: it cannot be written.
         """
         finite = {name: _finite(value) for name, value in line.items()}
+        if self._ends_early:
+            self._rewrite([*read_metrics(self.path)[:-1], finite])
+            self._ends_early = False
+            return
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
@@ -112,19 +125,23 @@ class RunDirectory:
     def rewind_metrics(self, update: int) -> None:
         """Drops what will be written again when training goes on from `update`.
 
-        That is: lines of later updates, an incomplete last line, and the line that an earlier end wrote between two
-        regular ones.
+        That is: lines of later updates and an incomplete last line. The line that an earlier end wrote between two
+        regular ones goes when the next line is there: until then it is the run's result.
         """
         if not self.metrics_path.exists():
             return
-        lines = read_metrics(self.path)
-        kept = [x for x in lines if x["update"] <= update and not x.get("final", False)]
-        replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [x for x in read_metrics(self.path) if x["update"] <= update]
+        kept = [x for x in kept if x is kept[-1] or not x.get("final", False)]
+        self._ends_early = bool(kept) and kept[-1].get("final", False)
+        self._rewrite(kept)
+
+    def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        replace(self.metrics_path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def set_aside(self) -> Path | None:
         """Moves all that was measured so far to `before.1`, or `before.2`, ..., if a line of metrics has been written.
 
-        That is everything in the directory but its lock, configuration and checkpoints. Returns where it is now.
+        That is metrics.jsonl and what MEASURED names; whatever else is in the directory stays. Returns where it is now.
 
         Raises:
             RunError: it cannot be moved.
@@ -134,18 +151,21 @@ class RunDirectory:
         number = 1
         while (aside := self.path / f"before.{number}").exists():
             number += 1
-        kept = (".lock", self.config_path.name, "checkpoints")
         with writing(aside):
             aside.mkdir()
             # The metrics last: while they are there, this is done again.
-            for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.metrics_path):
-                if entry.name not in kept and not entry.name.startswith("before."):
+            for pattern in (*MEASURED, self.metrics_path.name):
+                for entry in sorted(self.path.glob(pattern)):
                     entry.rename(aside / entry.name)
         return aside
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The configuration stored in a run directory, by dotted names; None if there is none."""
+    """The configuration stored in a run directory, by dotted names; None if there is none.
+
+    Raises:
+        RunError: config.json is not readable as one.
+    """
     path = Path(path) / "config.json"
     if not path.exists():
         return None

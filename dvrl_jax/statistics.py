@@ -38,6 +38,7 @@ class EpisodeStatistics(NamedTuple):
 
     @classmethod
     def empty(cls, num_envs: int) -> "EpisodeStatistics":
+        """Of no episode yet, for `num_envs` environments."""
         zeros, ring, none = jnp.zeros(num_envs), jnp.zeros(RESULT_WINDOW), jnp.zeros((), jnp.int32)
         return cls(zeros, zeros, zeros, ring, ring, none, ring, none)
 
@@ -113,6 +114,7 @@ class Metrics(NamedTuple):
 
     @classmethod
     def empty(cls, names: Iterable[str]) -> "Metrics":
+        """Of no update yet; `names` are those of the values that `add` takes."""
         none = jnp.zeros((), jnp.int32)
         return cls({name: jnp.zeros(()) for name in names}, none, dict.fromkeys(names, none))
 

@@ -39,13 +39,9 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     Raises:
         ConfigError: impossible values, or an override that contradicts the run.
     """
-    stored = run.read_config()
-    if stored is None:
+    config = config_lib.of_run(run.path, default)
+    if config is None:
         return given
-    try:
-        config = config_lib.from_fields(stored, default)
-    except config_lib.ConfigError as error:
-        raise runs.RunError(f"{run.config_path}: {error}") from None
     wanted = overrides
     if given is not None:
         settled = config_lib.flatten(given)  # What follows from other fields was settled in the stored one too.
@@ -90,19 +86,29 @@ def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_c
             if not restored.has_episodes:
                 state = learner.restart(state, state.actor.env)
             print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-        elif aside := run.set_aside():
-            print(
-                f"no checkpoint to go on from: training starts anew; what was measured so far is in {aside}", flush=True
-            )
         if int(state.env_steps) >= config.total_env_steps:
             done, wanted = f"{int(state.env_steps):,}", f"{config.total_env_steps:,}"
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
             return state
-        run.rewind_metrics(int(state.update))
-        reconstructions.rewind(run.path, int(state.update))
-        run.write_config(config_lib.to_json(config))
-        with contextlib.closing(loggers.Loggers(run, config)) as log:
-            return _Loop(run, config, learner, saver, log, env.restorable, wall_time, use_cache).run(state)
+        loop = _Loop(run, config, learner, saver, env.restorable, wall_time)
+        return loop.run(_compile(learner, config, state, env.restorable, use_cache), state)
+
+
+def _compile(learner: a2c.Learner, config: ConfigDict, state: a2c.TrainState, restorable: bool, use_cache: bool):
+    """The compiled program for `learner.run`, ready to be called.
+
+    Ahead of the first call, so that compile time is known as such and no step is taken by it. There is nothing to save
+    yet, and Python would answer no signal before the compiler returns: let the system answer.
+
+    Raises:
+        RunError: it does not fit into memory.
+    """
+    # Only programs without EnvPool in them can be found again in the compilation cache.
+    with process.answering(signal.SIG_DFL), compilation.cached(use_cache and restorable):
+        program = compilation.jit(learner.run, config, use_cache).lower(state, jnp.int32(1)).compile()
+    compilation.check_memory(program)
+    process.settle(config)
+    return program
 
 
 def _seed_of_episodes(seed: int, update: int) -> int:
@@ -123,35 +129,34 @@ def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, s
 class _Loop:
     """Calls the compiled program, and writes log lines and checkpoints between the calls."""
 
-    def __init__(
-        self, run, config, learner: a2c.Learner, saver, log, with_episodes: bool, wall_time: float, use_cache: bool
-    ):
+    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
-        self.log = log
-        self.program = compilation.jit(learner.run, config, use_cache)
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
-        # Only programs without EnvPool in them can be found again in the compilation cache.
-        self.cache_program = use_cache and with_episodes
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
         self.line_steps, self.line_seconds = 0, 0.0
         self.last_update, self.last_steps = 0, 0  # The latest update whose steps counted, and those steps.
         self.saved_at = self.start
 
-    def run(self, state: a2c.TrainState) -> a2c.TrainState:
-        progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
-        with contextlib.closing(progress):
-            began = time.monotonic()
-            # Compile ahead, so that compile time is known as such and no step is taken by it. There is nothing to save
-            # yet, and Python would answer no signal before the compiler returns: let the system answer.
-            with process.answering(signal.SIG_DFL), compilation.cached(self.cache_program):
-                program = self.program.lower(state, jnp.int32(1)).compile()
-            compilation.check_memory(program)
-            process.settle(self.config)
-            with process.answering(self._on_signal):
-                progress.say(f"compiled in {time.monotonic() - began:.1f} s")
-                progress.restart_clock()
-                return self._run(program, state, progress)
+    def run(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
+        compiled = time.monotonic() - self.start
+        with process.answering(self._on_signal), contextlib.ExitStack() as opened:
+            self._begin_at(int(state.update))
+            self.log = opened.enter_context(contextlib.closing(loggers.Loggers(self.run_directory, self.config)))
+            progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
+            opened.enter_context(contextlib.closing(progress))
+            progress.say(f"compiled in {compiled:.1f} s")
+            return self._run(program, state, progress)
+
+    def _begin_at(self, update: int) -> None:
+        """Makes the directory ready to go on from `update`. What is refused or stopped before changes nothing in it."""
+        directory = self.run_directory
+        if update == 0 and (aside := directory.set_aside()):
+            said = "no checkpoint to go on from: training starts anew"
+            print(f"{said}; what was measured so far is in {aside}", flush=True)
+        directory.rewind_metrics(update)
+        reconstructions.rewind(directory.path, update)
+        directory.write_config(config_lib.to_json(self.config))
 
     def _on_signal(self, signum, frame) -> None:
         del frame

@@ -160,3 +160,14 @@ def test_foreign_weights_that_do_not_fit_are_named():
         from_original(agent, {})
     with pytest.raises(ValueError, match=r"'encoder\.0\.weight' has shape \(1, 1\)"):
         from_original(agent, {"encoder.0.weight": np.zeros((1, 1))})
+    before = jax.tree.map(np.array, nnx.state(agent))
+    fitting = {"encoder.0.weight": np.ones((8, 2)), "encoder.0.bias": np.ones(8)}  # And then nothing more.
+    with pytest.raises(ValueError, match=r"there is no 'encoder\.2\.weight'"):
+        from_original(agent, fitting)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(agent), before)
+
+    class Unlike:
+        """Another kind of agent."""
+
+    with pytest.raises(ValueError, match="are DVRL's or the RNN's, not those of Unlike"):
+        from_original(Unlike(), {})

@@ -46,7 +46,7 @@ def test_without_configurations_it_is_said_where_they_are_looked_for(tmp_path, m
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "configs").is_dir()])
     for call in (lambda: dvrl_jax.load_run(tmp_path), lambda: dvrl_jax.make_config("mountain_hike_rnn")):
-        with pytest.raises(ConfigError, match=r"there is no configs/\w+\.py in the working directory or on sys\.path"):
+        with pytest.raises(ConfigError, match=r"there is no configs/\w+\.py on sys\.path; run in"):
             call()
 
 
@@ -118,8 +118,24 @@ def test_training_that_diverges_stops_and_says_why():
     broken = {"optimizer__learning_rate": 1e38, "max_skipped_updates": 5}
     config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL, **broken)
     train = dvrl_jax.make_train(config, dvrl_jax.make_env(config))
-    with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were not finite$"):
+    with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were not finite$") as stopped:
         train(num_updates=50)
+    assert int(stopped.value.state.update) == 5 and len(stopped.value.history) == 2
+
+
+def test_training_that_is_interrupted_can_go_on(monkeypatch):
+    config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL)
+    train = dvrl_jax.make_train(config, dvrl_jax.make_env(config))
+    start, _ = train(num_updates=2)
+
+    def interrupt(state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        patch.setattr("dvrl_jax.statistics.EpisodeStatistics.summary", interrupt)
+        train(num_updates=10, state=start)
+    state, history = train(num_updates=2, state=stopped.value.state)
+    assert int(state.update) == 6 and [line["update"] for line in history] == [6]
 
 
 def test_a_number_of_updates_is_whole():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, agents, discovery, training
+from dvrl_jax import a2c, agents, discovery, envs, training
 from dvrl_jax.agents.rnn import RNN, Belief
 from dvrl_jax.envs import EnvState, MountainHike, ObservationSpec
 from dvrl_jax.runs import RunError
@@ -85,6 +85,17 @@ def test_an_environment_in_which_no_step_counts_is_not_trained_for_ever(tmp_path
     with pytest.raises(RunError, match=r"^MountainHike: no call of step in the last 20 updates was a `transition`"):
         train(tmp_path / "run", tiny_hike("rnn", total_env_steps=1000))
     assert [step.name for step in (tmp_path / "run" / "checkpoints").glob("*")] == []
+
+
+def test_an_environment_without_an_attribute_is_refused(monkeypatch):
+    class Lasting(MountainHike):
+        @property
+        def restorable(self):
+            raise AttributeError
+
+    monkeypatch.setattr("dvrl_jax.envs.find", lambda name: Lasting)
+    with pytest.raises(RunError, match=r"^MountainHike: has no restorable"):
+        envs.make_env(tiny_hike("rnn").env, 2, seed=0)
 
 
 def test_settings_are_what_a_configuration_can_hold_and_the_class_takes():

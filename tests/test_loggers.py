@@ -1,5 +1,7 @@
 """What is logged besides metrics.jsonl says the same as it, once, and changes nothing in what is learned."""
 
+import resource
+import shutil
 import struct
 import sys
 
@@ -48,7 +50,7 @@ def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
 
     assert reconstructions.saved_updates(tmp_path / "run") == [12, 24, 36, 48]
     arrays = reconstructions.load(tmp_path / "run", 36)
-    assert arrays.keys() == {"observation", "prediction_0", "prediction_2", "env_steps"}
+    assert arrays.keys() == {"observation", "observed", "prediction_0", "prediction_2", "env_steps"}
     assert arrays["prediction_2"].shape == arrays["observation"].shape == (config.num_envs, 2)
     assert arrays["env_steps"] == 36 * STEPS_PER_UPDATE and np.all(np.isfinite(arrays["prediction_2"]))
 
@@ -83,6 +85,45 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
             ("reconstructions", 400),
             ("reconstructions", 800),
         ]
+    run.close()
+
+
+def test_a_damaged_reconstruction_is_left_out_and_named(tmp_path, capsys):
+    run = runs.RunDirectory(tmp_path)
+    image = np.zeros((1, 8, 8, 1), np.uint8)
+    for update in (5, 10, 15):
+        arrays = {"observation": image, "prediction_0": image, "env_steps": np.uint32(update)}
+        reconstructions.save(tmp_path, update, arrays)
+    (tmp_path / "reconstructions" / "5" / "prediction_0.npy").write_bytes(b"")  # What a power cut may leave.
+    (tmp_path / "reconstructions" / "15" / "env_steps.npy").unlink()
+    loggers.TensorBoard(run, atari_dvrl.get_config("Pong")).close()
+    assert [step for _, step, _ in events(tmp_path)] == [10]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "5/prediction_0.npy: cannot be read" in said[0] and "15: has no env_steps" in said[1]
+    run.close()
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    run = runs.RunDirectory(tmp_path)
+    image = np.random.default_rng(0).integers(0, 255, (300, 300, 3)).astype(np.uint8)
+    board = loggers.TensorBoard(run, tiny_hike("rnn"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # As on a disk that is nearly full.
+    try:
+        with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written \(File too large\)"):
+            board.image("picture", image, 1)
+        with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written"):
+            board.line({"env_steps": 2, "loss.total": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    board.close()
+    for name in ("tensorboard", "reconstructions"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        (tmp_path / name).write_text("not a directory")
+    with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written \(File exists\)"):
+        loggers.TensorBoard(run, tiny_hike("rnn"))
+    with pytest.raises(runs.RunError, match=r"reconstructions/5: cannot be written \(Not a directory\)"):
+        reconstructions.save(tmp_path, 5, {"observation": image})
     run.close()
 
 

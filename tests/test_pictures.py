@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import pong_rnn
 from dvrl_jax import a2c, envs, pictures, recording, runs
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.pictures import hike
@@ -71,6 +72,22 @@ def test_particles_alone_average_to_the_reconstruction(hike_recording):
     np.testing.assert_allclose(mean, r.predictions[0], atol=1e-4)
 
 
+def test_particles_that_predict_nothing_are_recorded_by_their_weights(monkeypatch):
+    monkeypatch.setattr("dvrl_jax.agents.DVRL.predict", lambda agent, last, times, key: {})
+    config = tiny_hike("dvrl")
+    env = envs.make_env(config.env, 1, seed=0, keep_view=True)
+    r = recording.record(a2c.make_agent(config, env, jax.random.PRNGKey(0)), env, jax.random.PRNGKey(1), max_steps=3)
+    assert r.predictions == {} and r.particles is None and r.weights.shape == (3, 3)
+    assert pictures.HikePainter().still(r).shape[0] > 300
+
+
+@pytest.mark.parametrize(("frame_skip", "fps"), [(4, 15), (1, 60)])
+def test_videos_of_games_run_as_the_games_do(frame_skip, fps):
+    config = pong_rnn.get_config().env
+    config.frame_skip = frame_skip
+    assert pictures.painter_for(envs.make_env(config, 1, seed=0, keep_view=True)).fps == fps
+
+
 def test_the_map_is_the_right_way_up():
     _, (axis, *_) = hike._layout(3)
     hike.draw_landscape(axis)
@@ -103,13 +120,17 @@ def test_predictions_of_hikes_are_drawn_where_they_are():
     readings, centre = np.full((4, 2), -5.0), np.zeros((4, 2))
     up = centre.copy()
     up[1] = (0.0, 9.0)  # Of the environment at the top right, in units of readings.
-    painter = pictures.HikePainter()
-    before, after = (painter.predictions(readings, {0: centre, 3: where}) for where in (centre, up))
+    painter, seen = pictures.HikePainter(), np.ones(4, bool)
+    before, after = (painter.predictions(readings, seen, {0: centre, 3: where}) for where in (centre, up))
     rows, columns = np.nonzero(np.any(before != after, axis=-1))
     height, width, _ = before.shape
     assert rows.max() < 0.4 * height and columns.min() > 0.4 * width
     assert rows.max() - rows.min() > 0.05 * height > columns.max() - columns.min()  # From the centre upwards.
-    assert painter.predictions(readings[:1], {0: centre[:1]}).shape[-1] == 3
+    blank = np.arange(4) != 1  # Of that environment nothing was read: no mark at (0, 0), where a blank would be.
+    marked = lambda observed: painter.predictions(0 * readings, observed, {0: centre - 5.0})
+    rows, columns = np.nonzero(np.any(marked(seen) != marked(blank), axis=-1))
+    assert rows.size and rows.max() < 0.5 * height and columns.min() > 0.4 * width
+    assert painter.predictions(readings[:1], seen[:1], {0: centre[:1]}).shape[-1] == 3
     assert pictures.find_painter(envs.Environment, is_image=False) is None
 
 
@@ -133,7 +154,7 @@ def test_frames_of_any_number_of_channels_and_any_actions_are_drawn():
     frame = next(iter(painter.frames(stacked)))
     np.testing.assert_array_equal(painter.panel(frame, 0), r.view[0, :, :, 0] // 2)
     batch = stack(r.obs)
-    assert painter.predictions(batch, {0: batch}).shape[-1] == 1
+    assert painter.predictions(batch, np.ones(len(batch), bool), {0: batch}).shape[-1] == 1
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, monkeypatch):

@@ -128,8 +128,8 @@ def test_a_run_that_is_named_twice_is_drawn_once(tmp_path):
 
 
 def test_plots_of_many_runs_have_a_name_that_files_can_have(tmp_path):
-    assert plotting.name_of([tmp_path / "1", tmp_path / "2"]) == "1_2"
-    assert plotting.name_of([tmp_path / str(i) for i in range(1000, 1090)]) == "1000_to_1089"
+    assert plotting.name_of([tmp_path / "1", tmp_path / "2"], ["a.b", "c"]) == "1_2-a.b_c"
+    assert plotting.name_of([tmp_path / str(i) for i in range(1000, 1090)], ["a"]) == "1000_to_1089-a"
 
 
 @pytest.mark.parametrize(

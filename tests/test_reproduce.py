@@ -12,7 +12,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import config as config_lib
-from dvrl_jax import experiments, runs
+from dvrl_jax import experiments, plotting, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +128,31 @@ def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
     assert results(tmp_path, experiment, experiments.load_config(experiment).total_env_steps) == [short, whole]
     assert results(tmp_path, experiment, 85) == [short, (experiment.name, 85, 1, -7.0, None), whole]
     assert results(tmp_path / "elsewhere", experiment, 85) == [(experiment.name, 85, 0, None, None)]
+
+
+def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
+    experiment = experiments.EXPERIMENTS["hike/0.3/dvrl"]
+    for seed in (0, 1):
+        write_run(tmp_path, experiment, seed, 160, 160, -1.0)
+    path = experiments.workdir(tmp_path, experiment, 1)
+    fields = json.loads((path / "config.json").read_text())
+    for younger in ("model.detach_encoder", "env.first_core", "max_skipped_updates"):
+        fields.pop(younger, None)
+    (path / "config.json").write_text(json.dumps(fields))
+    for seed, speed in ((0, 100.0), (1, 300.0)):
+        lines = [{"update": i, "env_steps": 80 * i, "obs.fps": speed, "result.true": -1.0} for i in (1, 2)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (experiments.workdir(tmp_path, experiment, seed) / "metrics.jsonl").write_text(text)
+    assert experiments.Speeds(tmp_path).get(experiment) == (200.0, "runs")
+    defaults = experiments.fields_of(experiment)
+    loaded = [plotting.load_run(path.with_name(f"seed{seed}"), defaults) for seed in (0, 1)]
+    assert len(plotting.group_runs(loaded)) == 1
+
+
+def test_what_was_measured_and_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "speeds.json").mkdir()
+    with pytest.raises(runs.RunError, match=r"speeds\.json: cannot be read"):
+        experiments.Speeds(tmp_path)
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):

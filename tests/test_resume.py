@@ -1,5 +1,6 @@
 """Runs that stop and go on: bit for bit on Mountain Hike, with new episodes on Atari."""
 
+import errno
 import gzip
 import json
 import os
@@ -102,11 +103,36 @@ def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_longer_run_keeps_its_result_until_there_is_a_newer_one(tmp_path, monkeypatch):
+    """Stopped while compiling or before its next line, it is still the finished run that it was."""
+    config = tiny_hike("rnn")
+    train(tmp_path, config, total_env_steps=15 * STEPS_PER_UPDATE)
+    finished = runs.read_metrics(tmp_path)
+    assert [(line["update"], line.get("final", False)) for line in finished] == [(10, False), (15, True)]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    for function in ("_compile", "_Loop._run"):
+        before = (tmp_path / "config.json").read_text()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"dvrl_jax.training.{function}", stop)
+            train(tmp_path, config, total_env_steps=35 * STEPS_PER_UPDATE)
+        assert runs.read_metrics(tmp_path) == finished
+        assert ((tmp_path / "config.json").read_text() == before) == (function == "_compile")
+    train(tmp_path, config, total_env_steps=15 * STEPS_PER_UPDATE)
+    assert runs.read_metrics(tmp_path) == finished
+    train(tmp_path, config, total_env_steps=35 * STEPS_PER_UPDATE)
+    train(tmp_path / "whole", config, total_env_steps=35 * STEPS_PER_UPDATE)
+    assert untimed(runs.read_metrics(tmp_path)) == untimed(runs.read_metrics(tmp_path / "whole"))
+
+
 def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_path, capsys):
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "evaluation-10-5games-seed0.json").write_text("{}")
+    (tmp_path / "thesis").mkdir()  # Not a run's.
     for number in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints")
         train(tmp_path, config, total_env_steps=200)
@@ -117,7 +143,7 @@ def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_pat
     assert before_1 == {"metrics.jsonl", "tensorboard", "evaluation-10-5games-seed0.json"}
     assert (tmp_path / "before.1" / "metrics.jsonl").read_bytes() == before
     assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10]
-    names = {".lock", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.1", "before.2"}
+    names = {".lock", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.1", "before.2", "thesis"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -157,6 +183,15 @@ def test_a_directory_in_use_is_refused(tmp_path):
         runs.RunDirectory(tmp_path)
     first.close()
     runs.RunDirectory(tmp_path).close()
+
+
+def test_a_file_system_without_locks_is_named_as_such(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    with pytest.raises(runs.RunError, match=r"cannot be locked \(No locks available\)"):
+        runs.RunDirectory(tmp_path)
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):

@@ -89,13 +89,18 @@ class DVRL(Agent):
             self.summary = networks.Linear(summary_inputs, h, rngs=rngs)
 
     def initial(self, num_envs: int) -> Belief:
+        """K equal particles of zeros for each environment."""
         zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
         return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros())
 
     def drive(self, encoded: dict[str, Array]) -> Drive:
+        """What observation and action, [..., F] each, add to the proposal's and the recurrence's products: once per
+        environment, not per particle.
+        """
         return Drive(self.proposal_hidden.product(**encoded), self.gru.product(**encoded))
 
     def draw(self, key: Array, steps: int, num_envs: int) -> Draws:
+        """For each step u [B], uniform, to resample with, and eps [B, K, Z], normal, to make z of."""
         u_key, eps_key = jax.random.split(key)
         u = jax.random.uniform(u_key, (steps, num_envs))
         return Draws(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
@@ -205,7 +210,7 @@ class DVRL(Agent):
 
 
 def _spread(name: str, loss: Array) -> dict[str, Array]:
-    """Mean, -logsumexp(-loss) and standard deviation over the particles of loss [B, K]; each [B]."""
+    """Mean, -logsumexp(-loss) and standard deviation over the particles of loss [B, K], each [B]; K = 1: the mean."""
     metrics = {f"{name}.mean": jnp.mean(loss, -1)}
     if loss.shape[-1] > 1:
         metrics[f"{name}.logsumexp"] = -jax.nn.logsumexp(-loss, -1)

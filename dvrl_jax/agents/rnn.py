@@ -59,12 +59,14 @@ class RNN(Agent):
         return ()
 
     def transition(self, h: Array, inputs: Inputs, trace: tuple, tape: Tape = NO_TAPE) -> Step:
+        """Advances h [B, H] by the observation and the previous action."""
         del trace
         return Step(h, self.gru(h, inputs.drive, tape))
 
     def weigh(
         self, step: Step, inputs: Inputs, trace: tuple, obs: Array, tape: Tape = NO_TAPE
     ) -> tuple[Belief, UpdateInfo]:
+        """The belief is h; the loss [B] is `obs_loss_coef` times that of the observation expected from h before it."""
         loss = jnp.zeros(obs.shape[0])
         if self.obs_loss_coef > 0:
             loss = self.obs_loss_coef * self.observation_loss(obs, self.emission_of(step.h_prev, inputs, tape))

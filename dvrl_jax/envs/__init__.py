@@ -32,7 +32,7 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Envir
     With `keep_view`, `Environment.view` shows the true state also where observations are blanked.
 
     Raises:
-        RunError: it cannot be made so.
+        RunError: it cannot be made so, or lacks an attribute of `Environment`.
     """
     if num_envs < 1:
         raise RunError(f"num_envs = {num_envs}: must be at least 1")
@@ -40,6 +40,8 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Envir
         env = find(config.name).from_config(config, num_envs, seed)
     except ValueError as error:
         raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
+    if missing := [name for name in ("num_envs", "observation", "action", "restorable") if not hasattr(env, name)]:
+        raise RunError(f"{config.name}: has no {missing[0]} (see the attributes of Environment)")
     return Flicker(env, config.p_blank, keep_view) if config.p_blank > 0 else env
 
 

@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
 
@@ -19,6 +18,7 @@ Array = jax.Array
 FRAME_SIZE = 84
 STICKY_ACTIONS = 0.25
 MAX_NOOPS = 30
+FRAMES_PER_SECOND = 60  # Of the console.
 MAX_FRAMES = 108_000  # Of the emulator, half an hour: a longer game is cut off, as is usual for Atari.
 
 
@@ -77,7 +77,7 @@ class Atari(Environment):
         return cls.observation
 
     def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4, first_core: int = -1):
-        self.num_envs = num_envs
+        self.num_envs, self.steps_per_second = num_envs, FRAMES_PER_SECOND / frame_skip
         self._pool = make_pool(game, num_envs, seed, frame_skip, first_core)
         self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
         self._handle, self._recv, self._send, _ = self._pool.xla()
@@ -90,6 +90,7 @@ class Atari(Environment):
         return EnvState.begin((handle, jnp.zeros(self.num_envs, bool)), _to_nhwc(obs))
 
     def step(self, state: EnvState, action: Array) -> EnvState:
+        """Takes actions [B] int32; obs are uint8 [B, 84, 84, 1]. After the end of an episode none is taken."""
         handle, was_done = state.inner
         handle = self._send(handle, action.astype(jnp.int32), jnp.arange(self.num_envs, dtype=jnp.int32))
         handle, (obs, reward, terminated, truncated, info) = self._recv(handle)
@@ -109,8 +110,3 @@ class Atari(Environment):
 
 def _to_nhwc(obs: Array) -> Array:
     return jnp.moveaxis(obs, 1, -1)
-
-
-def render_frames(obs: Array) -> np.ndarray:
-    """Frames [..., 84, 84, 1] as uint8 [..., 84, 84] for pictures."""
-    return np.asarray(obs)[..., 0]

@@ -83,6 +83,7 @@ class Environment(abc.ABC):
         settings: what may be set about it, with defaults. They are fields of the `env` group of its configurations.
         num_envs: size of the batch. observation, action: what they are like.
         restorable: whether `EnvState` holds all there is, so that a checkpoint can bring the environment back exactly.
+        steps_per_second: how fast a video of it runs, where its painter does not say.
     """
 
     name: str | None = None
@@ -91,6 +92,7 @@ class Environment(abc.ABC):
     observation: ObservationSpec
     action: ActionSpec
     restorable: bool
+    steps_per_second: float = 15.0
 
     @classmethod
     def from_config(cls, config, num_envs: int, seed: int) -> "Environment":

@@ -21,7 +21,7 @@ class Flicker(Environment):
         self.p_blank, self.keep_view = p_blank, keep_view
         self.name, self.settings, self.painter = env.name, env.settings, env.painter
         self.num_envs, self.observation, self.action = env.num_envs, env.observation, env.action
-        self.restorable = env.restorable
+        self.restorable, self.steps_per_second = env.restorable, env.steps_per_second
 
     def reset(self, key: Array) -> EnvState:
         env_key, key = jax.random.split(key)

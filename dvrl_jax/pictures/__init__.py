@@ -25,7 +25,7 @@ ENDINGS = (".mp4", ".gif", ".png")
 class Painter(Protocol):
     """Draws recordings of one kind of environment."""
 
-    fps: int  # Steps per second in which the game runs at its natural speed.
+    fps: float  # Steps per second in which the game runs at its natural speed.
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
         """One picture per step, uint8 [height, width, 3], all of one even size."""
@@ -33,13 +33,17 @@ class Painter(Protocol):
     def still(self, recording: Recording) -> np.ndarray:
         """One picture of the whole recording, uint8 [height, width, 3]."""
 
-    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
-        """Observations [B, ...] and what is expected dt steps later, {dt: [B, ...]}, uint8 [height, width, 1 or 3]."""
+    def predictions(
+        self, observation: np.ndarray, observed: np.ndarray, predicted: dict[int, np.ndarray]
+    ) -> np.ndarray:
+        """Observations [B, ...], which of them are none but blank (`observed` [B] is False), and what is expected dt
+        steps later, {dt: [B, ...]}: uint8 [height, width, 1 or 3].
+        """
 
 
 def find_painter(env: Environment | type[Environment], is_image: bool) -> Painter | None:
     """The painter of an environment, or of environments of that class; None if there is none."""
-    return env.painter() or (FramePainter() if is_image else None)
+    return env.painter() or (FramePainter(env.steps_per_second) if is_image else None)
 
 
 def no_picture(name: str) -> RunError:
@@ -85,7 +89,7 @@ def write(path: Path, painter: Painter, recording: Recording) -> None:
             _write_mp4(path, painter.frames(recording), painter.fps)
 
 
-def _write_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+def _write_gif(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
     frames = iter(frames)
     # One palette for all frames, so that colours do not flicker, taken from the first.
     first = Image.fromarray(next(frames)).quantize(128)
@@ -93,7 +97,7 @@ def _write_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
-def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
     frames = iter(frames)
     first = next(frames)
     size = (first.shape[1], first.shape[0])

@@ -21,10 +21,12 @@ def _font(size: int) -> ImageFont.ImageFont:
 class FramePainter:
     """Image observations: game, observation, reconstruction and predictions in a row, numbers of the belief below."""
 
-    fps = 15  # An Atari step is four frames of 1/60 s.
     side, gap, margin, caption = 168, 12, 16, 22
     below = 158
     history = 100  # Steps that the curve of values shows.
+
+    def __init__(self, fps: float = 15.0):
+        self.fps = fps
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
         for t in range(len(recording.value)):
@@ -36,8 +38,11 @@ class FramePainter:
         blank = np.flatnonzero(~recording.observed)
         return self._paint(recording, int(blank[np.argmin(np.abs(blank - middle))]) if blank.size else middle)
 
-    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
-        """A row per environment, left to right the observation and the predictions by time."""
+    def predictions(
+        self, observation: np.ndarray, observed: np.ndarray, predicted: dict[int, np.ndarray]
+    ) -> np.ndarray:
+        """A row per environment, left to right the observation, as blank as it was, and the predictions by time."""
+        del observed
         columns = [_visible(images) for images in (observation, *(predicted[dt] for dt in sorted(predicted)))]
         padded = [np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
         return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)

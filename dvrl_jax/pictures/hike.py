@@ -111,8 +111,10 @@ class HikePainter:
         _curves(side, recording, cursor=False)
         return figure
 
-    def predictions(self, observation: np.ndarray, predicted: dict[int, np.ndarray]) -> np.ndarray:
-        """A map per environment: the reading, and the positions expected dt steps later, dark red to white."""
+    def predictions(
+        self, observation: np.ndarray, observed: np.ndarray, predicted: dict[int, np.ndarray]
+    ) -> np.ndarray:
+        """A map per environment: the reading, if any, and the positions expected dt steps later, dark red to white."""
         figure = Figure(figsize=(7.0, 6.3), dpi=80, layout="constrained")
         columns = 1 if len(observation) == 1 else 2
         rows = -(-len(observation) // columns)
@@ -128,7 +130,8 @@ class HikePainter:
             dots = axis.scatter(
                 *expected[number].T, c=times, cmap="Reds_r", edgecolors="black", linewidths=0.5, zorder=3
             )
-            axis.plot(*positions(observation[number]), "x", color=READING, markersize=9, markeredgewidth=2.5)
+            if observed[number]:
+                axis.plot(*positions(observation[number]), "x", color=READING, markersize=9, markeredgewidth=2.5)
             axis.set_title(f"environment {number}", fontsize="medium")
             axis.label_outer()
         figure.colorbar(dots, ax=axes, ticks=times, label="steps ahead", shrink=0.6)

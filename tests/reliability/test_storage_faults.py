@@ -178,6 +178,16 @@ def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     assert content(run).keys() == before.keys()
 
 
+def test_a_checkpoint_with_a_damaged_result_is_set_aside_once(run, template, capsys):
+    spoil(run / "checkpoints" / "60" / "metrics" / "metrics", "noise")
+    for _ in range(3):
+        assert int(restore(run, template).state.update) == 40
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"20", "40", "60.damaged"}
+    assert capsys.readouterr().out.count("is damaged") == 1
+    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    assert found["update"] == 40
+
+
 def test_evaluation_takes_the_checkpoint_that_replaced_the_one_it_was_about_to_read(run, monkeypatch):
     """Training, which keeps one checkpoint, may remove it between the look for it and the reading."""
     restore_weights, asked = checkpoints.Checkpoints.restore_weights, []
