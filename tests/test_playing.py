@@ -1,0 +1,115 @@
+"""What is reported of games with given weights: returns of whole games, beliefs that start anew, greedy or not."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dvrl_jax import a2c, evaluation, playing, recording
+from dvrl_jax.envs import ActionSpec, Environment, EnvState, MountainHike, ObservationSpec
+from tests.tiny import Recall, tiny_config, tiny_hike
+
+
+class Scripted(Environment):
+    """Games of two lives, with a late reset after each life as EnvPool has it; rewards are clipped, but not true ones.
+
+    Environment b's lives last `LIVES[b]` steps; then the script begins again.
+    """
+
+    LIVES = ((2, 3), (4, 1), (1, 2))
+    restorable = True
+
+    def __init__(self):
+        self.num_envs = len(self.LIVES)
+        self.observation, self.action = ObservationSpec((2,), jnp.float32), ActionSpec(discrete=True, size=2)
+        self.script = [self._of_one(np.random.default_rng(number), lives) for number, lives in enumerate(self.LIVES)]
+
+    @staticmethod
+    def _of_one(rng, lives):
+        """(true reward, done, transition, game over) of each call."""
+        calls = []
+        for life, length in enumerate(lives):
+            for step in range(length):
+                done = step == length - 1
+                calls.append((float(rng.integers(2, 9)), done, True, done and life == len(lives) - 1))
+            calls.append((0.0, False, False, False))
+        return calls
+
+    def reset(self, key):
+        del key
+        return EnvState.begin(jnp.zeros((), jnp.int32), jnp.ones((self.num_envs, 2)))
+
+    def step(self, state, action):
+        del action
+        rows = [jnp.asarray(calls)[state.inner % len(calls)] for calls in self.script]
+        true, done, transition, over = jnp.stack(rows).T
+        flags = {"done": done > 0, "transition": transition > 0, "game_over": over > 0}
+        obs = jnp.full((self.num_envs, 2), 1.0) * (1 + state.inner)
+        return state._replace(inner=state.inner + 1, obs=obs, reward=jnp.clip(true, -1, 1), true_reward=true, **flags)
+
+    def first_game(self, number):
+        """True rewards of the transitions of an environment's first game."""
+        calls = self.script[number]
+        over = next(place for place, call in enumerate(calls) if call[3])
+        return [true for true, _, transition, _ in calls[: over + 1] if transition]
+
+
+def agent_for(env, algorithm="rnn"):
+    return a2c.make_agent(tiny_config(algorithm), env, jax.random.PRNGKey(0))
+
+
+def test_returns_are_of_whole_games_and_not_clipped():
+    env = Scripted()
+    games = evaluation.play(agent_for(env), env, jax.random.PRNGKey(1))
+    expected = [env.first_game(number) for number in range(3)]
+    np.testing.assert_allclose(games.returns, [sum(game) for game in expected])
+    np.testing.assert_array_equal(games.lengths, [5, 5, 3])
+    returns, summary = games.returns, games.summary()
+    low, middle, high = sorted(returns)
+    assert summary["episodes"] == 3 and summary["mean"] == pytest.approx(sum(returns) / 3)
+    deviation = np.sqrt(sum((x - sum(returns) / 3) ** 2 for x in returns) / 2)
+    assert summary["standard_error"] == pytest.approx(deviation / np.sqrt(3))
+    assert (summary["min"], summary["median"], summary["max"]) == pytest.approx((low, middle, high))
+    assert summary["mean_length"] == pytest.approx(13 / 3)
+    assert summary["returns"] == returns.tolist() and summary["lengths"] == [5, 5, 3]
+
+
+def test_a_recording_is_of_the_true_rewards_of_one_game():
+    env = Scripted()
+    recorded = recording.record(agent_for(env), env, jax.random.PRNGKey(1))
+    np.testing.assert_allclose(recorded.reward, env.first_game(0))
+
+
+@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
+def test_beliefs_start_anew_with_each_life_and_after_a_late_reset(algorithm):
+    env = Scripted()
+    seen = playing.watch(agent_for(env, algorithm), env, jax.random.PRNGKey(1), steps=12)
+    for number, calls in enumerate(env.script):
+        ends = [done or not transition for _, done, transition, _ in itertools.islice(itertools.cycle(calls), 11)]
+        np.testing.assert_array_equal(seen.fresh[:, number], [True, *ends])
+    # A belief that begins depends on nothing before it: the RNN's, after the same observation, is the same.
+    if algorithm == "rnn":
+        agent, obs = agent_for(env), jnp.asarray(seen.obs)
+        begun = [
+            agent.update(agent.initial(3), agent.encode(obs[t], agent.initial_action(3)), obs[t], ())[0].h
+            for t in range(12)
+        ]
+        same = np.all(np.isclose(seen.belief.h, np.stack(begun), atol=1e-6), axis=-1)
+        np.testing.assert_array_equal(same, seen.fresh)
+
+
+def test_greedy_actions_are_the_most_probable_ones_and_others_are_drawn():
+    env, key = MountainHike(50, 0.3), jax.random.PRNGKey(1)
+    agent = a2c.make_agent(tiny_hike("rnn"), env, jax.random.PRNGKey(0))
+    greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
+    np.testing.assert_allclose(greedy.action, greedy.policy)
+    # Fresh policies have a standard deviation of 1; of 800 numbers it is known to 2.5%.
+    assert np.std(drawn.action - drawn.policy) == pytest.approx(1.0, abs=0.13)
+    env = Recall(50)
+    agent = a2c.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
+    greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
+    np.testing.assert_array_equal(greedy.action, np.argmax(greedy.policy, -1))
+    taken = np.take_along_axis(drawn.policy, drawn.action[..., None], axis=-1)
+    assert 0.2 < np.mean(drawn.action != np.argmax(drawn.policy, -1)) < 0.6 and np.all(taken > 0)
