@@ -174,6 +174,25 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
     return parts
 
 
+def check_peer(config) -> None:
+    """Makes sure that the PyTorch peer computes what `config` asks for.
+
+    Raises:
+        ConfigError: a field asks for something that the peer has not.
+    """
+    m, is_vector = config.model, not config_lib.sees_images(config)
+    # By field: its value, and the only one that changes nothing in what the peer computes.
+    wanted = {"model.detach_encoder": (m.detach_encoder, False), "model.obs_loss_coef": (m.obs_loss_coef, 0.0)}
+    wanted |= {"model.batch_norm": (m.batch_norm and is_vector, False)}
+    wanted |= {"model.policy_batch_norm": (m.policy_batch_norm, m.batch_norm)}
+    wanted |= {"optimizer.name": (config.optimizer.name, "rmsprop"), "loss.action_coef": (config.loss.action_coef, 1.0)}
+    if config.algorithm == "dvrl":
+        wanted["model.resample"] = (m.resample, True)
+    for field, (value, only) in wanted.items():
+        if value != only:
+            raise config_lib.ConfigError(f"{field} = {value!r}: the PyTorch peer has {only!r} only")
+
+
 def measure_torch(config, seconds: float, on_gpu: bool) -> dict[str, Any]:
     """Speed of the PyTorch peer, on a GPU or on as many threads as there are cores.
 
@@ -257,6 +276,8 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> int:
     config = command_line.required_config(default.get_config())
+    if FLAGS.compare:
+        check_peer(config)
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):

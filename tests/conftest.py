@@ -76,5 +76,8 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     if "golden_path" in metafunc.fixturenames:
-        paths = sorted(Path(metafunc.config.getoption("--golden-dir")).glob("*.npz"))
+        folder = Path(metafunc.config.getoption("--golden-dir"))
+        paths = sorted(folder.glob("*.npz"))
+        if not paths:
+            raise pytest.UsageError(f"--golden-dir: there are no .npz files in {folder}")
         metafunc.parametrize("golden_path", paths, ids=[path.stem for path in paths], scope="module")

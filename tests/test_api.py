@@ -95,7 +95,7 @@ def test_what_was_watched_fits_together(tmp_path):
 def test_a_run_is_read_with_its_particles(tmp_path):
     train(tmp_path / "run", tiny_hike("dvrl"), total_env_steps=40)
     run = dvrl_jax.load_run(tmp_path / "run", checkpoint=2)
-    assert run.update == 2 and run.config.model.num_particles == 3
+    assert run.update == 2 and run.config.model.num_particles == 3 and run.agent.use_running_average
     program = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[-1]
     names = {"dvrl_jax": dvrl_jax}
     exec(program.replace("saved_runs/3", str(tmp_path / "run")), names)
@@ -112,6 +112,18 @@ def test_a_run_is_read_with_its_particles(tmp_path):
         dvrl_jax.load_run(tmp_path)
     with pytest.raises(RunError, match=r"no checkpoint '7'; there are: 2"):
         dvrl_jax.load_run(tmp_path / "run", checkpoint=7)
+
+
+def test_a_line_of_history_is_the_mean_of_its_updates_alone():
+    config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL)
+    every = dvrl_jax.make_config("mountain_hike_rnn", **SMALL | {"log__interval": 1})
+    (_, lines), (_, each) = (
+        dvrl_jax.make_train(c, dvrl_jax.make_env(c))(seed=3, num_updates=4) for c in (config, every)
+    )
+    for place, line in enumerate(lines):
+        two = each[2 * place : 2 * place + 2]
+        assert line["loss.total"] == pytest.approx(np.mean([one["loss.total"] for one in two]), rel=1e-5)
+    assert len(lines) == 2
 
 
 def test_training_that_diverges_stops_and_says_why():

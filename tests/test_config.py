@@ -22,6 +22,28 @@ def test_every_configuration_is_valid(name):
     assert config.model.resample == (config.loss.encoding_coef > 0)
 
 
+# The settings of the original's Atari experiments, and of its default where those say nothing.
+ATARI = {"num_envs": 16, "num_steps": 5, "bptt_segments": 10, "total_env_steps": 50_000_000, "env.p_blank": 0.5}
+ATARI |= {"model.h_dim": 256, "model.action_encoding": 128, "model.batch_norm": True, "model.policy_batch_norm": True}
+ATARI |= {"model.channels": (32, 64, 32), "model.obs_loss_coef": 0.0, "model.detach_encoder": False}
+ATARI |= {"loss.gamma": 0.99, "loss.value_coef": 0.5, "loss.action_coef": 1.0, "loss.entropy_coef": 0.01}
+ATARI |= {"loss.reward_scale": 1.0, "optimizer.name": "rmsprop", "optimizer.alpha": 0.99, "optimizer.eps": 1e-5}
+ATARI |= {"optimizer.max_grad_norm": 0.5}
+DVRL = {"algorithm": "dvrl", "model.num_particles": 15, "model.z_dim": 256, "loss.encoding_coef": 0.1}
+DVRL |= {"optimizer.learning_rate": 2e-4, "model.resample": True}
+RNN = {"algorithm": "rnn", "loss.encoding_coef": 0.0, "optimizer.learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(("name", "settings"), [("dvrl", DVRL), ("rnn", RNN)])
+def test_atari_configurations_have_the_settings_of_the_paper(name, settings):
+    module = importlib.import_module(f"configs.atari_{name}")
+    for game, frame_skip in (("Pong", 4), ("Asteroids", 1)):
+        fields = config_lib.flatten(config_lib.finalise(module.get_config(game)))
+        wanted = ATARI | settings | {"env.name": game, "env.frame_skip": frame_skip}
+        assert {field: fields[field] for field in wanted} == wanted
+    assert importlib.import_module(f"configs.pong_{name}").get_config() == module.get_config("Pong")
+
+
 IMPOSSIBLE = [
     ("model.num_particles", 0, "at least 1"),
     ("bptt_segments", 0, "at least 1"),

@@ -11,22 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from configs import default
+from dvrl_jax import a2c, envs, evaluation, runs, training
 from dvrl_jax import config as config_lib
-from dvrl_jax import evaluation, runs, training
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
-def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "p_blank"), [("rnn", 0.5), ("dvrl", 0.0)])
+def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, p_blank):
     """N + N steps equal 2N: weights, optimiser, belief, window, counters and metrics; N falls between log lines."""
-    config, half = tiny_hike(algorithm), 33 * STEPS_PER_UPDATE
+    config, half = tiny_hike(algorithm, env__p_blank=p_blank), 33 * STEPS_PER_UPDATE
     train(tmp_path / "straight", config, total_env_steps=2 * half)
     train(tmp_path / "parts", config, total_env_steps=half)
     assert runs.read_metrics(tmp_path / "parts")[-1]["update"] == 33
@@ -83,6 +84,25 @@ def test_episodes_after_a_resume_are_others_than_at_the_start():
     seeds = [training._seed_of_episodes(seed, update) for seed in (0, 1) for update in (0, 100, 200)]
     assert seeds[0] == 0 and seeds[3] == 1  # A run's own seed is what a new run begins with.
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_resumed_run_asks_for_other_episodes(tmp_path, monkeypatch):
+    """Where the environment cannot be restored, as on Atari, and so everywhere; those under way are not counted on."""
+    seeds, make_env = [], envs.make_env
+    monkeypatch.setattr(envs, "make_env", lambda config, n, seed: seeds.append(seed) or make_env(config, n, seed))
+    for updates in (10, 20, 30):
+        train(tmp_path, tiny_hike("rnn", seed=3), total_env_steps=updates * STEPS_PER_UPDATE)
+    assert seeds[0] == 3 and len(set(seeds)) == 3
+    walls = [line["wall_time"] for line in runs.read_metrics(tmp_path)]
+    assert walls == sorted(set(walls)) and len(walls) == 3
+
+    learner = a2c.make_learner(tiny_hike("rnn"), make_env(tiny_hike("rnn").env, 10, 0))
+    state = learner.init(jax.random.PRNGKey(0))
+    under_way = state._replace(episodes=jax.tree.map(lambda x: x + 1, state.episodes))
+    begun = learner.restart(under_way, under_way.actor.env).episodes
+    forgotten = {"clipped", "length", "true"}
+    for name, before in under_way.episodes._asdict().items():
+        np.testing.assert_array_equal(getattr(begun, name), 0 * before if name in forgotten else before)
 
 
 def test_the_same_command_goes_on_though_a_field_follows_from_another(tmp_path):
