@@ -1,9 +1,8 @@
 """Breaks one line at a time and sees whether a test notices: python -m tests.reliability.mutants [--only=TEXT]
 
-Each mutant is a piece of text of `particle_filter.py`, `distinct.py`, `lineages.py`, `bptt.py` or `a2c.py` with
-something else in its place. It is put into a copy of the project, where the fast tests of that file run until the first
-one fails. A mutant that survives must be explained below, in its last field, else the script fails. Text that is no
-longer in the file fails too.
+Each mutant is a piece of text of one of the files below (in `TESTS`) with something else in its place. It is put into a
+copy of the project, where the fast tests of that file run until the first one fails. A mutant that survives must be
+explained below, in its last field, else the script fails. Text that is no longer in the file fails too.
 """
 
 import argparse
@@ -18,6 +17,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent.parent
 FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py"
 LINEAGES, WINDOW, LEARNER = "dvrl_jax/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
+DVRL, RNN = "dvrl_jax/agents/dvrl.py", "dvrl_jax/agents/rnn.py"
+PLAYING, GAMES = "dvrl_jax/playing.py", "dvrl_jax/evaluation.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
     FILTER: ["tests/test_particle_filter.py"],
@@ -35,6 +36,7 @@ TESTS = {
         "tests/reliability/test_losses.py",
         "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
         "tests/test_bptt.py::test_window_fills_and_starts_anew[rnn-gaussian]",
+        "tests/test_update.py",
         "tests/reliability/test_numerical_faults.py::test_after_a_skipped_update_the_window_is_empty_and_fills_again[rnn]",
         "tests/test_gpu.py::test_an_update_that_is_not_finite_is_skipped",
         "tests/test_atari.py::test_training_gradient_ignores_whatever_a_late_reset_brings[rnn]",
@@ -45,6 +47,10 @@ TESTS = {
         "tests/test_parity.py",
         "tests/test_agents.py",
     ],
+    DVRL: ["tests/test_update.py", "tests/test_agents.py"],
+    RNN: ["tests/test_agents.py"],
+    PLAYING: ["tests/test_playing.py"],
+    GAMES: ["tests/test_playing.py", "tests/test_api.py::test_a_run_is_read_with_its_particles"],
 }
 
 
@@ -216,6 +222,50 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         # Counters.
         ("jax.random.fold_in(state.key, state.update)", "state.key"),
         ("update=state.update + 1", "update=state.update + 2"),
+        # What an update learns from, and what is logged of it.
+        (
+            "learn(state.params, state.batch_stats, rollout, window)",
+            "learn(state.params, state.batch_stats, rollout, state.window._replace(length=0).put(rollout.segment))",
+        ),
+        ("(actor, nnx.state(agent, nnx.BatchStat)), (kept", "(actor, batch_stats), (kept"),
+        ("= optax.tree.norm(grads)", "= optax.tree.norm(grads, squared=True)"),
+        ("masked_mean(env.observed.astype", "masked_mean((~env.observed).astype"),
+    ],
+    DVRL: [
+        ("u = jax.random.uniform(u_key, (steps, num_envs))", "u = jnp.full((steps, num_envs), 0.5)"),
+        ("jax.random.normal(eps_key", "jax.random.uniform(eps_key"),
+        ("u_key, eps_key = jax.random.split(key)", "u_key = eps_key = key"),
+        ("(hidden, self.use_running_average, tape), tape)", "(hidden, False, tape), tape)"),
+        ("proposal_log_prob - prior_log_prob)", "prior_log_prob - proposal_log_prob)"),
+        ("-emission_log_prob)\n", "emission_log_prob)\n"),
+        ("-jax.nn.logsumexp(-loss, -1)", "jax.nn.logsumexp(loss, -1)"),
+        ("ddof=1", "ddof=0"),
+        ("split(emission), mask)", "split(emission), None)"),
+        ("0 in times", "1 in times"),
+    ],
+    RNN: [
+        ("self.emission_of(step.h_prev, inputs, tape)", "self.emission_of(step.h, inputs, tape)"),
+        ("loss = self.obs_loss_coef * self", "loss = self"),
+        ("jnp.mean(jnp.square(emission[0] - target), axis=-1)", "jnp.sum(jnp.square(emission[0] - target), axis=-1)"),
+        ("self.emission_of(last.h_prev, inputs)", "self.emission_of(last.belief.h, inputs)"),
+    ],
+    PLAYING: [
+        ("policy.mode() if greedy else policy.sample", "policy.mode() if not greedy else policy.sample"),
+        ("state.done | ~state.transition)", "state.done)"),
+        ("reward=after.true_reward", "reward=after.reward"),
+        ("fresh=turn.fresh", "fresh=turn.after.done"),
+    ],
+    GAMES: [
+        ("state.true_reward, state.transition", "state.reward, state.transition"),
+        ("state.game_over & state.transition", "state.done & state.transition"),
+        ("counts = transition & ~over", "counts = ~over"),
+        ("over |= end", "over = end"),
+        ("np.std(self.returns, ddof=1) / np.sqrt(count)", "np.std(self.returns) / np.sqrt(count)"),
+        ('"median": float(np.median', '"median": float(np.mean'),
+        (
+            "agent = nnx.merge(graphdef, *weights)\n    agent.use_running_average = True",
+            "agent = nnx.merge(graphdef, *weights)",
+        ),
     ],
 }
 
