@@ -137,7 +137,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         if state is None:
             with compilation.cached(True):
                 state = learner.init(jax.random.PRNGKey(seed))
-        elif isinstance(state.update, jax.Array) and state.update.is_deleted():
+        elif any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state)):  # JAX may keep some.
             raise ValueError("state: has been continued from before; give train the state that it returned last")
         history, end = [], int(state.update) + num_updates
         try:
