@@ -1,6 +1,5 @@
 """Plots metrics of runs: python plot.py --id 3,4,5 [--metric result.true,loss.encoding] [--out plots/comparison]"""
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -28,7 +27,7 @@ def main() -> int:
         raise runs.RunError("--metric: name at least one metric, for example --metric result.true")
     if not paths:
         raise runs.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
-    defaults = json.loads(config.to_json(default.get_config()))  # As files have them.
+    defaults = config.as_stored(default.get_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)

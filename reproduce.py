@@ -149,10 +149,13 @@ def report(chosen: list[Experiment], root: Path) -> None:
     runs.replace(root / "results.md", text)
     runs.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
     # Of each experiment the longest runs: a curve is of the steps that all its runs have.
-    longest = {one.name: ends[one.name][max(ends[one.name])] for one in chosen if ends[one.name]}
+    longest = {}
+    for one in chosen:
+        if found := ends[one.name]:
+            fields = experiments.fields_of(one)
+            longest[one.name] = [plotting.load_run(run.path, fields) for run in found[max(found)]]
     for comparison, members in experiments.COMPARISONS.items():
-        defaults = lambda name: experiments.fields_of(experiments.EXPERIMENTS[name])
-        loaded = [plotting.load_run(one.path, defaults(name)) for name in members for one in longest.get(name, [])]
+        loaded = [run for name in members for run in longest.get(name, [])]
         if not loaded:
             continue
         print(plotting.save(plotting.plot(loaded, ["result.true"]), root / "figures" / comparison)[0])

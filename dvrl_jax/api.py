@@ -5,6 +5,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,6 @@ from dvrl_jax.runs import RunError
 Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
 
 
-_WHERE = "on sys.path; run in the repository's root, or set PYTHONPATH to it"
-
-
 def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     """A checked configuration from `configs/`.
 
@@ -36,12 +34,7 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     """
     if not name.isidentifier() or name.startswith("_"):
         raise config_lib.ConfigError(f"{name}: is not the name of a configuration, such as 'mountain_hike_dvrl'")
-    try:
-        module = importlib.import_module(f"configs.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("configs", f"configs.{name}"):
-            raise
-        raise config_lib.ConfigError(f"{name}: there is no configs/{name}.py {_WHERE}") from None
+    module = _import(name, f"{name}: ")
     if not hasattr(module, "get_config"):
         raise config_lib.ConfigError(f"{name}: configs/{name}.py has no function get_config")
     said = ", ".join(map(str, arguments)) or "no argument"
@@ -64,12 +57,22 @@ def default_config() -> ConfigDict:
     Raises:
         ConfigError: `configs/` is not there to be imported.
     """
+    return _import("default").get_config()
+
+
+def _import(name: str, said_first: str = "") -> ModuleType:
+    """The module `configs/<name>.py`; messages begin with what is `said_first`.
+
+    Raises:
+        ConfigError: it is not there to be imported.
+    """
     try:
-        return importlib.import_module("configs.default").get_config()
+        return importlib.import_module(f"configs.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("configs", "configs.default"):
+        if error.name not in ("configs", f"configs.{name}"):
             raise
-        raise config_lib.ConfigError(f"there is no configs/default.py {_WHERE}") from None
+        message = f"there is no configs/{name}.py on sys.path; run in the repository's root, or set PYTHONPATH to it"
+        raise config_lib.ConfigError(said_first + message) from None
 
 
 class Run(NamedTuple):

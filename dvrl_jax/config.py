@@ -141,7 +141,7 @@ def from_fields(fields: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
     return finalise(config)
 
 
-def of_run(path: Path, default: ConfigDict, **changes: Any) -> ConfigDict | None:
+def of_run(path: Path, default: ConfigDict, changes: Mapping[str, Any] = {}) -> ConfigDict | None:
     """The configuration stored in a run's directory, with `changes` by dotted name; None if there is none.
 
     Raises:
@@ -151,7 +151,7 @@ def of_run(path: Path, default: ConfigDict, **changes: Any) -> ConfigDict | None
     if fields is None:
         return None
     try:
-        return from_fields(fields | changes, default)
+        return from_fields(fields | dict(changes), default)
     except ConfigError as error:
         raise runs.RunError(f"{path / 'config.json'}: {error}") from None
 
@@ -263,6 +263,11 @@ def _is_number(value: Any) -> bool:
 def to_json(config: ConfigDict) -> str:
     """A configuration as JSON text, one field a line, by dotted names."""
     return json.dumps(flatten(config), indent=2) + "\n"
+
+
+def as_stored(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a configuration by their dotted names, with the values that reading `to_json` gives."""
+    return json.loads(to_json(config))
 
 
 def describe(config: ConfigDict, default: ConfigDict) -> str:

@@ -49,7 +49,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     Raises:
         RunError: there is no run in it, or its configuration is damaged.
     """
-    config = config_lib.of_run(path, default, **{"env.first_core": -1})
+    config = config_lib.of_run(path, default, {"env.first_core": -1})
     if config is None:
         raise runs.RunError(f"{path}: holds no run (there is no config.json)")
     return config

@@ -171,7 +171,7 @@ def is_done(path: Path, steps: int) -> bool:
 
 def fields_of(experiment: Experiment) -> dict[str, Any]:
     """The configuration of an experiment's runs, as their `config.json` has it, by dotted names."""
-    return json.loads(config_lib.to_json(load_config(experiment)))
+    return config_lib.as_stored(load_config(experiment))
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -287,9 +287,10 @@ class Speeds:
             message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
             raise runs.RunError(message) from None
         self._seen: dict[str, list[float]] = {}
+        default = api.default_config()
         for metrics in sorted(root.glob("**/metrics.jsonl")):
             try:
-                config = config_lib.of_run(metrics.parent, api.default_config())
+                config = config_lib.of_run(metrics.parent, default)
             except runs.RunError:
                 continue  # Of another version of the code.
             values = [line["obs.fps"] for line in runs.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]

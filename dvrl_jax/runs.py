@@ -112,13 +112,12 @@ class RunDirectory:
         Raises:
             RunError: it cannot be written.
         """
-        finite = {name: _finite(value) for name, value in line.items()}
         if self._ends_early:
-            self._rewrite([*read_metrics(self.path)[:-1], finite])
+            self._rewrite([*read_metrics(self.path)[:-1], line])
             self._ends_early = False
             return
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(_as_text(line))
             file.flush()
             os.fsync(file.fileno())
 
@@ -136,7 +135,7 @@ class RunDirectory:
         self._rewrite(kept)
 
     def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        replace(self.metrics_path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        replace(self.metrics_path, "".join(map(_as_text, lines)))
 
     def set_aside(self) -> Path | None:
         """Moves all that was measured so far to `before.1`, or `before.2`, ..., if a line of metrics has been written.
@@ -221,8 +220,10 @@ def column(lines: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     return [math.nan if line.get(name) is None else line[name] for line in lines]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _as_text(line: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl; numbers that are not finite become null."""
+    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({name: finite(value) for name, value in line.items()}, allow_nan=False) + "\n"
 
 
 def reading(path: Path) -> contextlib.AbstractContextManager[None]:

@@ -132,11 +132,10 @@ def test_an_rnns_prediction_zero_is_what_it_expected_before_it_saw():
     agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
     last = after_one_observation(agent, env)
     # From a state that is not yet the one that has seen it: of fresh episodes, zeros.
-    expected, _ = agent.emission_of(jnp.zeros_like(last.h_prev), Inputs(None, agent.encode_action(last.prev_action)))
+    inputs = Inputs(None, agent.encode_action(last.prev_action))
+    expected, _ = agent.emission_of(jnp.zeros_like(last.h_prev), inputs)
     np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(
-        agent.emission_of(last.belief.h, Inputs(None, agent.encode_action(last.prev_action)))[0], expected
-    )
+    assert not np.allclose(agent.emission_of(last.belief.h, inputs)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["vector", "32"])
