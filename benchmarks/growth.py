@@ -35,7 +35,7 @@ def measure(config, seconds: float) -> dict[str, list[dict[str, float]]]:
         found[field] = []
         for value in values:
             changed = config_lib.merge(config, {field: value})
-            result = run_worker(changed, "ours", seconds)
+            result = run_worker(changed, "ours", {}, {"seconds": seconds})
             names = ("ms", "steps_per_second", "memory_mb", "compile")
             found[field].append({"value": value} | {name: result[name] for name in names})
     return found

@@ -94,32 +94,42 @@ def make_program(config) -> Program:
     return Program(env, learner, state, run, setup, compile_time)
 
 
-def measure_ours(config, seconds: float, train_first: int = 0, parts: bool = False) -> dict[str, Any]:
-    """Speed of the compiled training call after some updates; with `parts`, also of its pieces compiled alone."""
-    import jax
-    import jax.numpy as jnp
+class Ours:
+    """Our training, compiled and warmed up after the `train_first` updates, ready to be timed as often as one likes."""
 
-    program = make_program(config)
-    forget_peak_memory()
-    state = program.state
+    def __init__(self, config, train_first: int = 0):
+        self.config = config
+        self.program = make_program(config)
+        forget_peak_memory()
+        self.state = self.program.state
+        self.run_windows(train_first // config.bptt_segments)
+        began = time.perf_counter()
+        self.run_windows(1)
+        self.warm_up = time.perf_counter() - began
 
-    def run_windows(count):
-        nonlocal state
-        state = jax.block_until_ready(program.run(state, jnp.int32(count * config.bptt_segments)))
+    def run_windows(self, count: int) -> None:
+        import jax
+        import jax.numpy as jnp
 
-    run_windows(train_first // config.bptt_segments)
-    began = time.perf_counter()
-    run_windows(1)
-    warm_up = time.perf_counter() - began
-    count = max(1, min(int(seconds / 3 / warm_up), config.log.interval // config.bptt_segments))
-    times = [call / count for call in timed_windows(lambda: run_windows(count), seconds)]
-    result = report(config, times, compile=program.compile, setup=program.setup)
-    result["device"] = jax.devices()[0].device_kind
-    stats = jax.devices()[0].memory_stats()
-    result["memory_mb"] = stats["peak_bytes_in_use"] / 2**20 if stats else peak_memory_mb()
-    if parts:
-        result["parts"] = measure_parts(config, program.env, program.learner, state, result["ms"])
-    return result
+        updates = jnp.int32(count * self.config.bptt_segments)
+        self.state = jax.block_until_ready(self.program.run(self.state, updates))
+
+    def measure(self, seconds: float, parts: bool = False) -> dict[str, Any]:
+        """Speed of the compiled training call; with `parts`, also of its pieces compiled alone."""
+        import jax
+
+        most = self.config.log.interval // self.config.bptt_segments
+        count = max(1, min(int(seconds / 3 / self.warm_up), most))
+        times = [call / count for call in timed_windows(lambda: self.run_windows(count), seconds)]
+        result = report(self.config, times, compile=self.program.compile, setup=self.program.setup)
+        result["device"] = jax.devices()[0].device_kind
+        stats = jax.devices()[0].memory_stats()
+        result["memory_mb"] = stats["peak_bytes_in_use"] / 2**20 if stats else peak_memory_mb()
+        if parts:
+            result["parts"] = measure_parts(
+                self.config, self.program.env, self.program.learner, self.state, result["ms"]
+            )
+        return result
 
 
 def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, float]:
@@ -208,44 +218,62 @@ def check_peer(config) -> None:
             raise config_lib.ConfigError(f"{field} = {value!r}: the PyTorch peer has {only!r} only")
 
 
-def measure_torch(config, seconds: float, on_gpu: bool) -> dict[str, Any]:
-    """Speed of the PyTorch peer, on a GPU or on as many threads as there are cores.
+class Torch:
+    """The PyTorch peer, warmed up, on a GPU or on as many threads as there are cores.
 
     Raises:
         RuntimeError: PyTorch has no GPU.
     """
-    import torch
 
-    from benchmarks.torch_dvrl import make_trainer
+    def __init__(self, config, on_gpu: bool):
+        import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if on_gpu:
-        torch.backends.cudnn.benchmark = True
-        in_full = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION") in ("float32", "highest")
-        torch.set_float32_matmul_precision("highest" if in_full else "high")  # As JAX does.
-        torch.backends.cudnn.allow_tf32 = not in_full
-    trainer = make_trainer(config, "cuda" if on_gpu else "cpu")
+        from benchmarks.torch_dvrl import make_trainer
 
-    def run_window():
-        for _ in range(config.bptt_segments):
-            trainer.update()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if on_gpu:
+            torch.backends.cudnn.benchmark = True
+            in_full = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION") in ("float32", "highest")
+            torch.set_float32_matmul_precision("highest" if in_full else "high")  # As JAX does.
+            torch.backends.cudnn.allow_tf32 = not in_full
+        self.config, self.on_gpu = config, on_gpu
+        self.trainer = make_trainer(config, "cuda" if on_gpu else "cpu")
+        self.run_window()
 
-    run_window()
-    times = timed_windows(run_window, seconds)
-    memory_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb()
-    on = torch.cuda.get_device_name() if on_gpu else "cpu"
-    return report(config, times, memory_mb=memory_mb, device=f"{on}, torch {torch.__version__}")
+    def run_window(self) -> None:
+        for _ in range(self.config.bptt_segments):
+            self.trainer.update()
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """Speed of its training step."""
+        import torch
+
+        times = timed_windows(self.run_window, seconds)
+        memory_mb = torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else peak_memory_mb()
+        on = torch.cuda.get_device_name() if self.on_gpu else "cpu"
+        return report(self.config, times, memory_mb=memory_mb, device=f"{on}, torch {torch.__version__}")
 
 
-def run_worker(config, kind: str, seconds: float, **more: Any) -> dict[str, Any]:
+def ready(kind: str, config, **settings: Any) -> Ours | Torch:
+    """What measures "ours" or "torch" in this process, warmed up.
+
+    Settings: of ours `train_first`, of torch `on_gpu`.
+    """
+    if kind == "torch":
+        return Torch(config, **settings)
+    process.prepare(config)  # As `train.py` does.
+    return Ours(config, **settings)
+
+
+def run_worker(config, kind: str, made: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
     """Measures in a process of its own; the configuration goes there as JSON.
 
-    More settings: of ours `train_first` and `parts`, of PyTorch `on_gpu`.
-
+    Args:
+        made: settings for `ready`. timed: settings for `measure`.
     Raises:
         RuntimeError: the process failed; its messages come first.
     """
-    job = {"fields": config_lib.flatten(config), "kind": kind, "settings": {"seconds": seconds} | more}
+    job = {"fields": config_lib.flatten(config), "kind": kind, "made": made, "timed": timed}
     command = [sys.executable, "-m", "benchmarks.throughput"]
     environment = os.environ | {"DVRL_JAX_BENCHMARK": json.dumps(job)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -256,12 +284,7 @@ def run_worker(config, kind: str, seconds: float, **more: Any) -> dict[str, Any]
 
 def work(job: dict[str, Any]) -> None:
     config = config_lib.from_fields(job["fields"], default.get_config())
-    if job["kind"] == "ours":
-        process.prepare(config)  # As `train.py` does.
-        result = measure_ours(config, **job["settings"])
-    else:
-        result = measure_torch(config, **job["settings"])
-    print(json.dumps(result))
+    print(json.dumps(ready(job["kind"], config, **job["made"]).measure(**job["timed"])))
 
 
 def machine() -> str:
@@ -296,11 +319,12 @@ def main() -> int:
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repeat in range(FLAGS.repeats):
-        ours = {"train_first": FLAGS.train_first, "parts": repeat == 0 and FLAGS.parts}
-        results["ours"].append(run_worker(config, "ours", FLAGS.seconds, **ours))
+        timed = {"seconds": FLAGS.seconds}
+        parts = {"parts": repeat == 0 and FLAGS.parts}
+        results["ours"].append(run_worker(config, "ours", {"train_first": FLAGS.train_first}, timed | parts))
         if FLAGS.compare:
-            on_gpu = results["ours"][0]["device"] != "cpu"
-            results[FLAGS.compare].append(run_worker(config, FLAGS.compare, FLAGS.seconds, on_gpu=on_gpu))
+            on_gpu = {"on_gpu": results["ours"][0]["device"] != "cpu"}
+            results[FLAGS.compare].append(run_worker(config, FLAGS.compare, on_gpu, timed))
     print(f"{config.algorithm} on {config.env.name}, {machine()}")
     for kind in kinds:
         print(f"{kind}: on {results[kind][0]['device']}")
