@@ -163,6 +163,12 @@ class Agent(nnx.Module, abc.ABC):
         if not action.discrete:
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
+    def add_emission(self, sizes: Mapping[str, int], config, *, rngs: nnx.Rngs) -> None:
+        """Makes the networks that foresee an observation, for agents that do: p(o), from inputs of these sizes."""
+        self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
+        self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
+        self.decoder = networks.make_decoder(self.observation.shape, config.channels, config.batch_norm, rngs=rngs)
+
     def encode(self, obs: Array, prev_action: Array, tapes: Tapes = NO_TAPES) -> Inputs:
         """Encodes obs [B, ...] (uint8 are pixels, 0..255) and prev_action [B, A]."""
         return self.add_action(self.see(obs, tapes.see), prev_action, tapes.add_action)
@@ -192,6 +198,15 @@ class Agent(nnx.Module, abc.ABC):
         if not self.action_sizes:
             return None
         return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average, tape)
+
+    def decode(self, hidden: Array, tape: Tape = NO_TAPE) -> Any:
+        """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one."""
+        features = self.emission_activation(hidden, self.use_running_average, tape)
+        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average, tape)
+
+    def emission_mean(self, emission: Any) -> Array:
+        """Expected observation [R, ...] under the decoder's output of R rows: pixel probabilities, or means."""
+        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
 
     @staticmethod
     def as_float(obs: Array) -> Array:

@@ -78,10 +78,7 @@ class DVRL(Agent):
         self.gru = networks.GRUCell(self.input_sizes | {"phi_z": h}, h, rngs=rngs)
         self.prior_hidden = networks.Linear({"h": h} | self.action_sizes, h, rngs=rngs)
         self.prior = networks.Normal(h, z, rngs=rngs)
-        emission_inputs = {"phi_z": h, "h": h} | self.action_sizes
-        self.emission_hidden = networks.Linear(emission_inputs, self.encoded_size, rngs=rngs)
-        self.emission_activation = networks.Activation(self.encoded_size, norm)
-        self.decoder = networks.make_decoder(observation.shape, config.channels, norm, rngs=rngs)
+        self.add_emission({"phi_z": h, "h": h} | self.action_sizes, config, rngs=rngs)
         summary_inputs = {"h": h, "phi_z": h, "weight": 1}
         if config.num_particles > 1:
             self.summary = networks.GRUCell(summary_inputs, h, uniform=True, rngs=rngs)
@@ -155,23 +152,20 @@ class DVRL(Agent):
         hidden = self.emission_hidden(phi_z=phi_z, h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)[:, None]
-        features = self.emission_activation(hidden, self.use_running_average, tape)
-        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average, tape)
+        return self.decode(hidden, tape)
 
     def emission_log_prob(self, obs: Array, emission: Any) -> Array:
         """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
         target = self.as_float(obs)
-        split = lambda x: x.reshape(-1, self.num_particles, *x.shape[1:])
         if self.observation.is_image:
             blocks, mask = self.decoder.to_blocks(target)
-            return pf.bernoulli_log_prob(blocks[:, None], split(emission), mask)
+            return pf.bernoulli_log_prob(blocks[:, None], self.by_particle(emission), mask)
         mean, var = emission
-        return pf.normal_log_prob(target[:, None], split(mean), split(var))
+        return pf.normal_log_prob(target[:, None], self.by_particle(mean), self.by_particle(var))
 
-    def emission_mean(self, emission: Any) -> Array:
-        """Expected observation [B, K, ...] under the decoder's output: pixel probabilities, or means."""
-        mean = jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
-        return mean.reshape(-1, self.num_particles, *mean.shape[1:])
+    def by_particle(self, x: Array) -> Array:
+        """[B, K, ...] of [B*K, ...]."""
+        return x.reshape(-1, self.num_particles, *x.shape[1:])
 
     def summarise(self, belief: Belief, tape: Tape = NO_TAPE) -> Array:
         """A GRU over the particles in order, reading [h, phi_z, weight]; its last state. K = 1: one linear map."""
@@ -206,7 +200,8 @@ class DVRL(Agent):
 
     def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:
         """The emission's mean, averaged over the particles by their weights: [B, ...]."""
-        return pf.weighted_mean(self.emission_mean(self.emission_of(phi_z, h_prev, inputs)), log_weight)
+        mean = self.emission_mean(self.emission_of(phi_z, h_prev, inputs))
+        return pf.weighted_mean(self.by_particle(mean), log_weight)
 
 
 def _spread(name: str, loss: Array) -> dict[str, Array]:

@@ -37,10 +37,7 @@ class RNN(Agent):
         self.obs_loss_coef = config.obs_loss_coef
         self.gru = networks.GRUCell(self.input_sizes, config.h_dim, rngs=rngs)
         if self.obs_loss_coef > 0:
-            sizes = {"h": config.h_dim} | self.action_sizes
-            self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
-            self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
-            self.decoder = networks.make_decoder(observation.shape, config.channels, config.batch_norm, rngs=rngs)
+            self.add_emission({"h": config.h_dim} | self.action_sizes, config, rngs=rngs)
 
     def initial(self, num_envs: int) -> Belief:
         return Belief(jnp.zeros((num_envs, self.h_dim)))
@@ -81,8 +78,7 @@ class RNN(Agent):
         hidden = self.emission_hidden(h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)
-        features = self.emission_activation(hidden, self.use_running_average, tape)
-        return self.decoder(features, self.use_running_average, tape)
+        return self.decode(hidden, tape)
 
     def observation_loss(self, obs: Array, emission) -> Array:
         """Loss [B] per environment, averaged over pixels or dimensions: BCE with logits, or squared error."""
@@ -91,10 +87,6 @@ class RNN(Agent):
             logits = self.decoder.to_images(emission)
             return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, target), axis=(-3, -2, -1))
         return jnp.mean(jnp.square(emission[0] - target), axis=-1)
-
-    def emission_mean(self, emission) -> Array:
-        """Expected observation [B, ...] under the decoder's output: pixel probabilities, or means."""
-        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
 
     @classmethod
     def predicts(cls, config) -> bool:
