@@ -15,10 +15,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,11 @@ class Worker:
                 stderr=messages,
                 text=True,
             )
-        self.log, self.failed = log, False
+        self.log, self.failed, self.ready = log, False, False
+
+    def wait(self) -> None:
+        """Until it is ready, or has failed."""
+        self.ready = self.hear() is not None
 
     def ask(self, **timed: Any) -> dict[str, Any] | None:
         """What it measures, with settings for `measure`; None if it has failed, now or before."""
@@ -169,35 +172,37 @@ def main() -> int:
     out, logs = make_places(Path(FLAGS.out))
     peers = {FLAGS.compare: {"on_gpu": process.may_use_gpu()}} if FLAGS.compare else {}
     workers: dict[tuple[str, str], Worker] = {}
-    lock = threading.Lock()
+    kinds = {"ours": {"train_first": FLAGS.train_first}} | peers
+    wanted = [(run, kind) for run in configs for kind in kinds]
+    pool = futures.ThreadPoolExecutor(FLAGS.side_by_side or max(1, len(os.sched_getaffinity(0)) // 2))
 
-    def start(run: str, number: int, kind: str, made: dict[str, Any]) -> None:
-        worker = Worker(kind, configs[run], logs / f"{number}_{kind}.txt", **made)
-        with lock:
-            workers[run, kind] = worker
-        worker.hear()
+    def start(run: str, kind: str) -> None:
+        log = logs / f"{wanted.index((run, kind))}_{kind}.txt"
+        workers[run, kind] = worker = Worker(kind, configs[run], log, **kinds[kind])
+        worker.wait()
 
     try:
-        kinds = {"ours": {"train_first": FLAGS.train_first}} | peers
-        wanted = [(run, n, kind, made) for n, run in enumerate(configs) for kind, made in kinds.items()]
-        with ThreadPoolExecutor(FLAGS.side_by_side or max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-            list(pool.map(lambda job: start(*job), wanted))
-        print(f"{len(wanted)} processes ready after {time.monotonic() - began:.0f} s", flush=True)
-        in_order = {(run, kind): workers[run, kind] for run, _, kind, _ in wanted}
-        found = take_turns(in_order, FLAGS.repeats, FLAGS.seconds, out, began + 60 * FLAGS.minutes)
+        starting = [pool.submit(start, *each) for each in wanted]
+        # What takes longer than half of the time to compile must not keep the others from being measured.
+        futures.wait(starting, timeout=60 * FLAGS.minutes / 2)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in list(workers.values()):
+            if not worker.ready:
+                worker.process.kill()
+        compiled = {each: workers[each] for each in wanted if each in workers and workers[each].ready}
+        print(f"{len(compiled)} of {len(wanted)} processes ready after {time.monotonic() - began:.0f} s", flush=True)
+        found = take_turns(compiled, FLAGS.repeats, FLAGS.seconds, out, began + 60 * FLAGS.minutes)
     finally:
-        for worker in workers.values():
+        for worker in list(workers.values()):
             worker.process.kill()
     print(machine())
-    for device in sorted(
-        {result["device"] for kinds in found.values() for results in kinds.values() for result in results}
-    ):
+    for device in {turns[0]["device"]: None for kinds in found.values() for turns in kinds.values()}:
         print(f"on {device}")
     print(as_table(found), end="")
-    failed = [worker for worker in workers.values() if worker.failed]
-    for worker in failed:
-        print(f"error: a process failed: {worker.log} has its messages", file=sys.stderr)
-    return 1 if failed else 0
+    missing = [(run, kind) for run, kind in wanted if not found.get(run, {}).get(kind)]
+    for run, kind in missing:
+        print(f"error: {run}: {kind} was not measured; messages are in {logs}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
@@ -208,7 +213,9 @@ if __name__ == "__main__":
         flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")
         flags.DEFINE_integer("repeats", 3, "How many rounds there are.", lower_bound=1)
         flags.DEFINE_float("seconds", 3.0, "Each measurement takes at least this long.", lower_bound=0.0)
-        flags.DEFINE_float("minutes", 60.0, "No measurement begins later than this.", lower_bound=0.0)
+        flags.DEFINE_float(
+            "minutes", 60.0, "No measurement begins later than this; half of it is for compiling.", lower_bound=0.0
+        )
         flags.DEFINE_integer(
             "side_by_side", 0, "How many compile at a time; 0: one for every two cores.", lower_bound=0
         )

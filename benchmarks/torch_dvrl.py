@@ -107,7 +107,8 @@ class Policy(nn.Module):
             probs = log_probs.exp()
             action = torch.multinomial(probs.detach(), 1) if action is None else action
             return action, log_probs.gather(-1, action)[:, 0], -(log_probs * probs).sum(-1)
-        normal = torch.distributions.Normal(self.fc_mean(x), self.logstd._bias.t().exp())
+        # Arguments are not checked, as by PyTorch of 2018: each check would wait for the GPU.
+        normal = torch.distributions.Normal(self.fc_mean(x), self.logstd._bias.t().exp(), validate_args=False)
         action = normal.sample() if action is None else action
         return action, normal.log_prob(action).sum(-1), normal.entropy().sum(-1).expand(len(x))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax.config import sees_images
@@ -27,11 +28,11 @@ def jit(run: Callable, config, use_cache: bool = True) -> jax.stages.Wrapped:
     return jax.jit(run, donate_argnums=0, compiler_options=options(config, use_cache))
 
 
-def options(config, use_cache: bool = True) -> dict[str, str | bool]:
-    """XLA's options for training `config`.
+def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
+    """XLA's options for training `config`, or, without one, for a program that does not train.
 
-    On a CPU: `CPU_OPTIONS` for DVRL on vectors and the RNN on images. To DVRL on images they are no gain, and to the
-    RNN on vectors, which has one thread, a loss.
+    On a CPU: `CPU_OPTIONS` for training DVRL on vectors and the RNN on images. To DVRL on images they are no gain, and
+    to the RNN on vectors, which has one thread, a loss.
 
     On a GPU: `GPU_OPTIONS`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
     also of programs that cannot be kept themselves (see `cached`).
@@ -42,7 +43,7 @@ def options(config, use_cache: bool = True) -> dict[str, str | bool]:
     if jax.default_backend() == "gpu":
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
-    elif jax.default_backend() == "cpu" and (config.algorithm == "dvrl") != sees_images(config):
+    elif jax.default_backend() == "cpu" and config and (config.algorithm == "dvrl") != sees_images(config):
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
@@ -94,12 +95,13 @@ def default_cache_directory() -> Path:
 def tuning_directory() -> Path | None:
     """Where XLA keeps what it finds out about the fastest kernels, in the cache; made if it is not there.
 
-    None if that is not possible, or if the cache is elsewhere (gs://...).
+    One for each version of XLA, which does not check by itself which one wrote there. None if that is not possible, or
+    if the cache is elsewhere (gs://...).
     """
     cache = str(jax.config.jax_compilation_cache_dir or default_cache_directory())
     if "://" in cache:
         return None
-    directory = Path(cache) / "tuning"
+    directory = Path(cache) / "tuning" / jaxlib.__version__
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -134,7 +134,8 @@ def _normalise_bwd(residuals, grad: Array):
     x, scale, mean, var, shares = residuals
     axes = tuple(range(mean.ndim - 1, x.ndim - 1))
     count = math.prod(x.shape[axis] for axis in axes)
-    mean_of = lambda total: (total if shares is None else shares @ total) / count
+    # Means, not a layer: on a GPU, products would be of fewer bits (TF32).
+    mean_of = lambda total: (total if shares is None else jnp.matmul(shares, total, precision="highest")) / count
     rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
     centred = x - _spread(mean, x)
     bias_grad = jnp.sum(grad, axes)

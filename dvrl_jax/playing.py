@@ -120,7 +120,7 @@ def play(
     # The weights are an argument: one program, compiled once, plays every checkpoint.
     many = lambda weights, actor, keys: jax.lax.scan(functools.partial(step, weights), actor, keys)
     with compilation.cached(env.restorable):
-        program = jax.jit(many).lower(weights, actor, keys_of(0)).compile()
+        program = jax.jit(many, compiler_options=compilation.options()).lower(weights, actor, keys_of(0)).compile()
     for call in itertools.count():
         actor, kept = program(weights, actor, keys_of(call))
         yield jax.tree.map(np.asarray, kept)

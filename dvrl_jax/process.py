@@ -52,6 +52,14 @@ def may_use_gpu() -> bool:
     return NVIDIA_DEVICE.exists() and allowed and visible and any(map(importlib.util.find_spec, CUDA_PLUGINS))
 
 
+def share_gpu() -> None:
+    """JAX takes memory of a GPU as it needs it, instead of most of it in advance, for a process that does not train.
+
+    Another one may be training. It works before JAX's first computation only.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def spare_threads() -> None:
     """Gives XLA one CPU thread, for a model so small that a second one costs more time than it saves.
 

@@ -8,6 +8,7 @@
 Images are stored as uint8, vectors as they are.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, envs, playing, runs
+from dvrl_jax import a2c, compilation, envs, playing, runs
 from dvrl_jax.agents import bind
 
 Array = jax.Array
@@ -33,7 +34,7 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
     It changes nothing: training goes on as if it had not been called.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compilation.options())
     def reconstruct(params: nnx.State, batch_stats: nnx.State, actor: a2c.Actor, key: Array) -> dict[str, Array]:
         agent = bind(graphdef, params, batch_stats)
         look_key, predict_key = jax.random.split(key)

@@ -22,7 +22,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import a2c, command_line, envs, evaluation, markdown, playing, runs
+from dvrl_jax import a2c, command_line, envs, evaluation, markdown, playing, process, runs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent, bind
 
@@ -171,6 +171,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
 
 
 def main() -> int:
+    process.share_gpu()
     result = causes(Path(FLAGS.workdir), default.get_config(), FLAGS.updates, FLAGS.checkpoint, FLAGS.seed)
     print(f"checkpoint of update {result['update']:,}, means over {result['updates']} updates' worth of steps\n")
     print(

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import command_line, envs, evaluation, markdown, playing, runs
+from dvrl_jax import command_line, envs, evaluation, markdown, playing, process, runs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
@@ -211,6 +211,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    process.share_gpu()
     path = Path(FLAGS.workdir)
     result = probe(path, default.get_config(), FLAGS.episodes, FLAGS.checkpoint, FLAGS.seed)
     print(f"checkpoint of update {result['update']:,}, noise {result['observation_std']:g}")

@@ -25,16 +25,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Most of a test's time is compilation: leave out what makes the machine code fast. The programs stay the same.
     # DVRL_JAX_OPTIMISED=1 leaves it in, as users have it.
     if not int(os.environ.get("DVRL_JAX_OPTIMISED", "0")):
-        os.environ["XLA_FLAGS"] = " ".join(
-            [
-                os.environ.get("XLA_FLAGS", ""),
-                "--xla_backend_optimization_level=0",
-                "--xla_llvm_disable_expensive_passes=true",
-                "--xla_cpu_parallel_codegen_split_count=1",  # The workers share the processors already.
-                # JAX 0.11 no longer knows this one, and XLA ends a process that has a flag which it does not know.
-                *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
-            ]
-        )
+        quick = [
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_parallel_codegen_split_count=1",  # The workers share the processors already.
+            # JAX 0.11 no longer knows this one, and XLA ends a process that has a flag which it does not know.
+            *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+        ]
+        if Path("/dev/nvidiactl").exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
+            # On a GPU it is the search for the fastest kernels that takes the time.
+            quick = ["--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0"]
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick])
 
 # Files of tests that take minutes. They are handed to the workers first, so that no worker waits for one at the end.
 LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "atari", "determinism", "kill", "reproduce"]

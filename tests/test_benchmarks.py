@@ -96,6 +96,14 @@ def test_turns_from_the_command_line(tmp_path):
     assert done.stdout.splitlines()[-1].startswith(f"| {other} | ")
 
 
+def test_what_is_not_measured_is_said(tmp_path):
+    """No time at all: nothing can be compiled."""
+    out = tmp_path / "turns.json"
+    done = bench("in_turns", f"--run={SMALL}", "--minutes=0", f"--out={out}")
+    assert done.returncode == 1 and "0 of 1 processes ready" in done.stdout
+    assert done.stderr == f"error: {SMALL}: ours was not measured; messages are in {tmp_path / 'turns.logs'}\n"
+
+
 def test_throughput_measures_the_parts_too():
     fields = [f"--config.{name}={value}" for name, value in (HIKE | {"bptt_segments": 2}).items()]
     done = bench("throughput", "--config=configs/mountain_hike_dvrl.py", *fields, "--repeats=1", "--seconds=0")

@@ -1,5 +1,6 @@
 """Programs get the options that suit them, and the cache holds what it may hold, whatever was compiled before."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, compilation, envs
+from dvrl_jax import a2c, compilation, envs, playing, reconstructions
 from dvrl_jax import config as config_lib
 from dvrl_jax.runs import RunError
 from tests.tiny import tiny_hike, tiny_pong
@@ -62,6 +63,20 @@ def test_an_option_that_the_user_has_set_stays(monkeypatch):
     assert compilation.options(tiny_hike("dvrl")) == {}
 
 
+def test_programs_that_do_not_train_get_options_too(monkeypatch):
+    config = config_lib.finalise(tiny_hike("dvrl"))
+    env = envs.make_env(config.env, config.num_envs, 0)
+    learner = a2c.make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(0))
+    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    assert compilation.options() == {} or jax.default_backend() != "cpu"
+    monkeypatch.setattr(compilation, "options", lambda *_: {"xla_no_such_option": "1"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        playing.watch(agent, env, jax.random.PRNGKey(0), steps=1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        reconstructions.make_reconstruct(learner.graphdef, (0, 1))(state)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counted as XLA writes it for CPUs")
 def test_the_check_of_an_update_is_compiled_once():
     """Were it repeated for each array that depends on it, the program would be a third larger, DVRL's two thirds."""
@@ -73,6 +88,7 @@ def test_the_check_of_an_update_is_compiled_once():
     assert 0 < text.count(" is-finite(") <= 2 * len(checked)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's compiler may refuse it before")
 def test_a_program_that_does_not_fit_is_refused_before_it_is_called():
     compilation.check_memory(jax.jit(lambda x: x + 1).lower(1.0).compile())
     too_large = jax.jit(lambda x: x + jnp.zeros((10**6, 10**8))).lower(1.0).compile()
@@ -86,7 +102,8 @@ def test_memory_that_is_not_there_is_one_sentence(tmp_path):
     train += ["--config.model.h_dim=1000000", "--nocompilation_cache"]
     command = ["bash", "-c", 'ulimit -v 12000000 && exec "$@"', "bash", *train]
     root = Path(__file__).parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=root, env=on_cpu, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: Out of memory allocating ") and result.stderr.count("\n") == 1
     assert "fewer environments, particles" in result.stderr

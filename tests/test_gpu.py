@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
@@ -97,11 +98,12 @@ def cache_home(monkeypatch, tmp_path):
 def test_options(gpu_ways, cache_home, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(compilation, "_is_known", lambda option, value: True)
-    directory = cache_home / "dvrl_jax" / "compiled" / "tuning"
+    directory = cache_home / "dvrl_jax" / "compiled" / "tuning" / jaxlib.__version__
     assert compilation.options(tiny_hike("dvrl"), use_cache=False) == compilation.GPU_OPTIONS
     assert not directory.exists()
     assert compilation.options(tiny_hike("dvrl")) == compilation.GPU_OPTIONS | {compilation.TUNING: str(directory)}
     assert directory.is_dir()
+    assert compilation.options() == compilation.options(tiny_hike("dvrl"))  # Of programs that do not train.
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
     assert "xla_gpu_enable_triton_gemm" not in compilation.options(tiny_hike("dvrl"))
 
