@@ -96,7 +96,7 @@ def test_commands_are_accepted(page):
 
 def test_the_plots_of_stored_runs_are_drawn(tmp_path):
     found = [c for c in commands(ROOT / "docs" / "results" / "README.md") if c[1] == "plot.py"]
-    assert len(found) == 8
+    assert len(found) == 9
     for number, command in enumerate(found):
         out = tmp_path / str(number)
         command = [word for word in command if not word.startswith("--out")] + [f"--out={out}"]
