@@ -240,7 +240,7 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("-emission_log_prob)\n", "emission_log_prob)\n"),
         ("-jax.nn.logsumexp(-loss, -1)", "jax.nn.logsumexp(loss, -1)"),
         ("ddof=1", "ddof=0"),
-        ("split(emission), mask)", "split(emission), None)"),
+        ("self.by_particle(emission), mask)", "self.by_particle(emission), None)"),
         ("0 in times", "1 in times"),
     ],
     RNN: [
