@@ -9,6 +9,7 @@ Markdown. `benchmarks.throughput` measures one configuration more carefully, in 
 """
 
 import ast
+import contextlib
 import json
 import os
 import shlex
@@ -23,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.throughput import check_peer, machine, ready
+from benchmarks.throughput import JOB, check_peer, machine, ready, with_job
 from configs import default
 from dvrl_jax import api, command_line, markdown, process
 from dvrl_jax import config as config_lib
@@ -65,19 +66,16 @@ class Worker:
     """A process that compiles, says so, and then measures whenever it is asked to; its messages go to `log`."""
 
     def __init__(self, kind: str, config, log: Path, **made: Any):
-        job = {"fields": config_lib.flatten(config), "kind": kind, "made": made}
-        # Several processes share a GPU: none may take most of its memory in advance.
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
         with log.open("w") as messages:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.in_turns"],
-                env=environment | {"DVRL_JAX_BENCHMARK": json.dumps(job)},
+                env=with_job(config, kind, made),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,
                 text=True,
             )
-        self.log, self.failed, self.ready = log, False, False
+        self.failed, self.ready = False, False
 
     def wait(self) -> None:
         """Until it is ready, or has failed."""
@@ -85,28 +83,25 @@ class Worker:
 
     def ask(self, **timed: Any) -> dict[str, Any] | None:
         """What it measures, with settings for `measure`; None if it has failed, now or before."""
-        if not self.failed:
-            try:
-                self.process.stdin.write(json.dumps(timed) + "\n")
-                self.process.stdin.flush()
-            except OSError:
-                self.failed = True
+        with contextlib.suppress(OSError):  # Of one that has failed, which then says nothing either.
+            self.process.stdin.write(json.dumps(timed) + "\n")
+            self.process.stdin.flush()
         return self.hear()
 
     def hear(self) -> dict[str, Any] | None:
         """The next thing that it says; None if it has failed, now or before."""
-        line = "" if self.failed else self.process.stdout.readline()
+        line = self.process.stdout.readline()
         self.failed = not line
         return json.loads(line) if line else None
 
 
 def work(job: dict[str, Any], questions: Iterable[str] = sys.stdin) -> None:
     """The other side: gets ready, says so, and answers each question with what it measures then."""
-    config = config_lib.from_fields(job["fields"], default.get_config())
+    process.share_gpu()  # With the other workers.
     # Libraries that print do so among the messages: only answers go where they are read.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    measured = ready(job["kind"], config, **job["made"])
+    measured = ready(job)
     print(json.dumps({"ready": True}), file=answers)
     for question in questions:
         print(json.dumps(measured.measure(**json.loads(question))), file=answers)
@@ -137,9 +132,7 @@ def as_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
         ours, torch = kinds.get("ours", []), kinds.get("torch", [])
         median = lambda results, name: statistics.median(result[name] for result in results)
         ratio = f"{median(torch, 'ms') / median(ours, 'ms'):.2f}" if ours and torch else "-"
-        numbers = ["-"] * 3
-        if ours:
-            numbers = [f"{median(ours, name):{form}}" for name, form in COLUMNS.values()]
+        numbers = [f"{median(ours, name):{form}}" if ours else "-" for name, form in COLUMNS.values()]
         rows.append([run, milliseconds(ours), milliseconds(torch), ratio, *numbers])
     return markdown.table(["run", "ours, ms per update", "PyTorch, ms per update", "ratio", *COLUMNS], rows)
 
@@ -206,8 +199,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if "DVRL_JAX_BENCHMARK" in os.environ:
-        work(json.loads(os.environ["DVRL_JAX_BENCHMARK"]))
+    if JOB in os.environ:
+        work(json.loads(os.environ[JOB]))
     else:
         flags.DEFINE_multi_string("run", [], "A configuration and fields, such as 'pong_dvrl num_envs=128'.")
         flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")

@@ -31,6 +31,8 @@ from dvrl_jax import config as config_lib
 
 FLAGS = flags.FLAGS
 
+JOB = "DVRL_JAX_BENCHMARK"  # The environment variable that tells a process what to measure.
+
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, or since `forget_peak_memory`."""
@@ -262,28 +264,31 @@ class Torch:
         return report(self.config, times, memory_mb=memory_mb, device=f"{on}, torch {torch.__version__}")
 
 
-def ready(kind: str, config, **settings: Any) -> Ours | Torch:
-    """What measures "ours" or "torch" in this process, warmed up.
+def with_job(config, kind: str, made: dict[str, Any], **more: Any) -> dict[str, str]:
+    """The environment of a process that is to measure "ours" or "torch": the job goes there as JSON (see `ready`)."""
+    job = {"fields": config_lib.flatten(config), "kind": kind, "made": made} | more
+    return os.environ | {JOB: json.dumps(job)}
 
-    Settings: of ours `train_first`, of torch `on_gpu`.
-    """
-    if kind == "torch":
-        return Torch(config, **settings)
+
+def ready(job: dict[str, Any]) -> Ours | Torch:
+    """What measures a job's kind in this process, warmed up; `made` are its settings: `train_first` or `on_gpu`."""
+    config = config_lib.from_fields(job["fields"], default.get_config())
+    if job["kind"] == "torch":
+        return Torch(config, **job["made"])
     process.prepare(config)  # As `train.py` does.
-    return Ours(config, **settings)
+    return Ours(config, **job["made"])
 
 
 def run_worker(config, kind: str, made: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
-    """Measures in a process of its own; the configuration goes there as JSON.
+    """Measures in a process of its own.
 
     Args:
         made: settings for `ready`. timed: settings for `measure`.
     Raises:
         RuntimeError: the process failed; its messages come first.
     """
-    job = {"fields": config_lib.flatten(config), "kind": kind, "made": made, "timed": timed}
     command = [sys.executable, "-m", "benchmarks.throughput"]
-    environment = os.environ | {"DVRL_JAX_BENCHMARK": json.dumps(job)}
+    environment = with_job(config, kind, made, timed=timed)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{done.stderr}\nmeasuring {kind} failed")
@@ -291,8 +296,7 @@ def run_worker(config, kind: str, made: dict[str, Any], timed: dict[str, Any]) -
 
 
 def work(job: dict[str, Any]) -> None:
-    config = config_lib.from_fields(job["fields"], default.get_config())
-    print(json.dumps(ready(job["kind"], config, **job["made"]).measure(**job["timed"])))
+    print(json.dumps(ready(job).measure(**job["timed"])))
 
 
 def machine() -> str:
@@ -346,8 +350,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if "DVRL_JAX_BENCHMARK" in os.environ:
-        work(json.loads(os.environ["DVRL_JAX_BENCHMARK"]))
+    if JOB in os.environ:
+        work(json.loads(os.environ[JOB]))
     else:
         command_line.define_config()
         flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")

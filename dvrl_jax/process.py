@@ -53,9 +53,9 @@ def may_use_gpu() -> bool:
 
 
 def share_gpu() -> None:
-    """JAX takes memory of a GPU as it needs it, instead of most of it in advance, for a process that does not train.
+    """JAX takes memory of a GPU as it needs it, not most of it in advance, for a process that is not alone there.
 
-    Another one may be training. It works before JAX's first computation only.
+    Of an evaluation, for example, another one may be training. It works before JAX's first computation only.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
