@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, config, process
+from dvrl_jax.runs import command_line, config, process
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1, upper_bound=config.LARGEST)
@@ -21,7 +21,7 @@ VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the vid
 def main() -> int:
     process.share_gpu()
 
-    from dvrl_jax import evaluation
+    from dvrl_jax.viewing import evaluation
 
     path = Path(WORKDIR.value)
     video = Path(VIDEO.value) if VIDEO.value else None

@@ -10,9 +10,9 @@ from typing import Any
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, experiments, runs
-from dvrl_jax import process as process_lib
-from dvrl_jax.experiments import Experiment
+from dvrl_jax.runs import command_line, experiments, run_directory
+from dvrl_jax.runs import process as process_lib
+from dvrl_jax.runs.experiments import Experiment
 
 LIST = flags.DEFINE_boolean("list", False, "Show the experiments with estimated hours, and run nothing.")
 MEASURE = flags.DEFINE_boolean("measure", False, "With --list: measure speeds that are not known (minutes each).")
@@ -81,8 +81,8 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
         if code := train([*experiment.arguments(), *settings]):
             leave_if_stopped(code, experiment.name)
-            raise runs.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
-        return runs.read_metrics(Path(folder) / "run")
+            raise run_directory.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
+        return run_directory.read_metrics(Path(folder) / "run")
 
 
 def show(chosen: list[Experiment], root: Path) -> None:
@@ -137,17 +137,17 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
 
 def report(chosen: list[Experiment], root: Path) -> None:
     """Prints and writes the table of all experiments that have runs, and draws comparisons of the chosen ones."""
-    from dvrl_jax import plotting
+    from dvrl_jax.viewing import plotting
 
     tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
     ends = {one.name: experiments.finished(root, one, steps_of(one)) for one in tried}
     results = [row for one in tried for row in experiments.results_of(one, ends[one.name], steps_of(one))]
     text = experiments.table(results)
     print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
-    with runs.writing(root):
+    with run_directory.writing(root):
         root.mkdir(parents=True, exist_ok=True)
-    runs.replace(root / "results.md", text)
-    runs.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    run_directory.replace(root / "results.md", text)
+    run_directory.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
     # Of each experiment the longest runs: a curve is of the steps that all its runs have.
     longest = {}
     for one in chosen:
@@ -163,9 +163,9 @@ def report(chosen: list[Experiment], root: Path) -> None:
 
 def main() -> int:
     if MEASURE.value and not LIST.value:
-        raise runs.RunError("--measure: goes with --list, which shows what it measures")
+        raise run_directory.RunError("--measure: goes with --list, which shows what it measures")
     if FLAGS["only"].present and not ONLY.value:
-        raise runs.RunError("--only: names no experiment; leave it out for all of them")
+        raise run_directory.RunError("--only: names no experiment; leave it out for all of them")
     chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
     if LIST.value:
         show(chosen, root)

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, process, training
+from dvrl_jax.runs import command_line, process, training
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")

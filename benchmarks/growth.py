@@ -13,8 +13,8 @@ from absl import flags
 
 from benchmarks.throughput import machine, run_worker
 from configs import default
-from dvrl_jax import command_line, markdown
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import command_line, markdown
+from dvrl_jax.runs import config as config_lib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

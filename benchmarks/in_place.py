@@ -18,7 +18,7 @@ from absl import app
 from flax import nnx
 
 from benchmarks import torch_dvrl
-from dvrl_jax.original_weights import from_original, translate
+from dvrl_jax.agents.original_weights import from_original, translate
 from tests.golden import Golden
 
 RECORDINGS = Path(__file__).parent.parent / "tests" / "golden"

@@ -26,8 +26,9 @@ from absl import flags
 
 from benchmarks.throughput import JOB, check_peer, machine, ready, with_job
 from configs import default
-from dvrl_jax import api, command_line, markdown, process
-from dvrl_jax import config as config_lib
+from dvrl_jax import api
+from dvrl_jax.runs import command_line, markdown, process
+from dvrl_jax.runs import config as config_lib
 
 FLAGS = flags.FLAGS
 

@@ -18,8 +18,8 @@ from absl import flags
 
 from benchmarks.throughput import make_program
 from configs import default
-from dvrl_jax import command_line, process
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import command_line, process
+from dvrl_jax.runs import config as config_lib
 
 FLAGS = flags.FLAGS
 

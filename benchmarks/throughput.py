@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, process
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import command_line, process
+from dvrl_jax.runs import config as config_lib
 
 FLAGS = flags.FLAGS
 
@@ -82,7 +82,8 @@ def make_program(config) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c, compilation, envs
+    from dvrl_jax import a2c, envs
+    from dvrl_jax.runs import compilation
 
     began = time.perf_counter()
     env = envs.make_env(config.env, config.num_envs, config.seed)
@@ -149,7 +150,8 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c, compilation
+    from dvrl_jax import a2c
+    from dvrl_jax.runs import compilation
 
     optimizer = a2c.make_optimizer(config.optimizer)
 

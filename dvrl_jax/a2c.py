@@ -22,8 +22,8 @@ from flax import nnx
 from dvrl_jax import agents, envs
 from dvrl_jax.agents import NO_TAPES, Agent, Tapes, UpdateInfo, bind
 from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
-from dvrl_jax.distinct import is_blank
 from dvrl_jax.envs.base import Environment, EnvState
+from dvrl_jax.fast.distinct import is_blank
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 from dvrl_jax.tape import Player, Recorder
 

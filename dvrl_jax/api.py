@@ -14,11 +14,13 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, compilation, envs, evaluation, reporting
-from dvrl_jax import config as config_lib
+from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs import compilation, reporting
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.viewing import evaluation
 
 Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax import lineages
 from dvrl_jax.agents import Agent, Inputs
-from dvrl_jax.distinct import Distinct
+from dvrl_jax.fast import lineages
+from dvrl_jax.fast.distinct import Distinct
 from dvrl_jax.tape import Player, RowPlayer
 
 Array = jax.Array

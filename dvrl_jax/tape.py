@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dvrl_jax.distinct import Rows
+from dvrl_jax.fast.distinct import Rows
 
 Array = jax.Array
 

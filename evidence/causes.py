@@ -22,9 +22,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import a2c, command_line, envs, evaluation, markdown, playing, process, runs
+from dvrl_jax import a2c, envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent, bind
+from dvrl_jax.runs import command_line, markdown, process, run_directory
+from dvrl_jax.viewing import evaluation, playing
 
 Array = jax.Array
 
@@ -124,7 +126,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
     """
     config = evaluation.read_run_config(path, default)
     if config.env.name != "MountainHike":
-        raise runs.RunError(f"{path}: is a run of {config.env.name}; this reads policies of Mountain Hike")
+        raise run_directory.RunError(f"{path}: is a run of {config.env.name}; this reads policies of Mountain Hike")
     env = envs.make_env(config.env, config.num_envs, seed)
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     agent.use_running_average = False  # As training sees it.
@@ -166,7 +168,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
     try:
         file.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise runs.RunError(f"{file}: cannot be written ({error.strerror})") from None
+        raise run_directory.RunError(f"{file}: cannot be written ({error.strerror})") from None
     return result
 
 

@@ -18,11 +18,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import default
-from dvrl_jax import command_line, envs, evaluation, markdown, playing, process, runs
+from dvrl_jax import envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
 from dvrl_jax.envs import mountain_hike as hike
+from dvrl_jax.runs import command_line, markdown, process, run_directory
+from dvrl_jax.viewing import evaluation, playing
 from evidence import kalman
 
 Array = jax.Array
@@ -172,10 +174,12 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
     """
     config = evaluation.read_run_config(path, default)
     if config.env.name != "MountainHike":
-        raise runs.RunError(f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare")
+        raise run_directory.RunError(
+            f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare"
+        )
     if config.env.p_blank > 0:
         message = f"{path}: has blank observations (env.p_blank = {config.env.p_blank}), which the filter does not know"
-        raise runs.RunError(message)
+        raise run_directory.RunError(message)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     played = play(agent, env, jax.random.PRNGKey(seed))
@@ -196,7 +200,7 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
     try:
         file.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise runs.RunError(f"{file}: cannot be written ({error.strerror})") from None
+        raise run_directory.RunError(f"{file}: cannot be written ({error.strerror})") from None
     return result
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, markdown, runs
-from dvrl_jax import config as config_lib
 from dvrl_jax.envs import MountainHike
 from dvrl_jax.envs import mountain_hike as hike
+from dvrl_jax.runs import command_line, markdown, run_directory
+from dvrl_jax.runs import config as config_lib
 from evidence import kalman, planner
 
 Array = jax.Array
@@ -198,7 +198,7 @@ def load(path: Path) -> list[Reference]:
     try:
         return [Reference(**fields) for fields in json.loads(Path(path).read_text())["references"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise runs.RunError(f"{path}: not the references that evidence.references writes ({error})") from None
+        raise run_directory.RunError(f"{path}: not the references that evidence.references writes ({error})") from None
 
 
 def main() -> int:
@@ -207,7 +207,7 @@ def main() -> int:
         raise config_lib.ConfigError(f"--spacing={FLAGS.spacing}: must be a whole fraction of 0.5, such as 0.01")
     out = Path(FLAGS.out) if FLAGS.out else None
     if out and not out.parent.is_dir():
-        raise runs.RunError(f"--out: there is no directory {out.parent}")
+        raise run_directory.RunError(f"--out: there is no directory {out.parent}")
     measured = measure_all(FLAGS.spacing, FLAGS.directions, FLAGS.episodes, FLAGS.seed, FLAGS.finer)
     print(f"{FLAGS.episodes:,} episodes, cells of {FLAGS.spacing:g}, {FLAGS.directions} directions")
     print(f"{platform.processor() or platform.machine()}, {jax.default_backend()}\n")

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from configs import default
-from dvrl_jax import command_line, markdown, plotting, runs
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import command_line, markdown, run_directory
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.viewing import plotting
 from evidence import probe, references
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ def load(folder: Path) -> Stored:
     """
     paths = sorted(path.parent for path in folder.rglob("config.json"))
     if not paths:
-        raise runs.RunError(f"{folder}: holds no runs")
+        raise run_directory.RunError(f"{folder}: holds no runs")
     defaults = config_lib.flatten(default.get_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
@@ -105,23 +106,25 @@ def value_at(lines: Lines, metric: str, steps: int) -> float:
     reached = [line for line in lines if line["env_steps"] <= steps]
     if not reached or lines[-1]["env_steps"] < steps:
         return math.nan
-    return runs.column(reached[-1:], metric)[0]
+    return run_directory.column(reached[-1:], metric)[0]
 
 
 def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]:
     """A row's numbers: returns, the share of what can be reached, encoding loss, hours, steps per second."""
     lines = run.lines
     returns = [value_at(lines, "result.true", steps) for steps in RETURNS_AT]
-    late = runs.column([line for line in lines if line["env_steps"] > lines[-1]["env_steps"] - LAST], "result.true")
+    late = run_directory.column(
+        [line for line in lines if line["env_steps"] > lines[-1]["env_steps"] - LAST], "result.true"
+    )
     late = [x for x in late if not math.isnan(x)] or [math.nan]
     returns += [min(late), statistics.fmean(late)]
     share = references.share(returns[-1], known, run.fields["env.observation_std"]) if known else math.nan
     settled = [line for line in lines if line["env_steps"] > ENCODING_AFTER and line.get("loss.encoding") is not None]
     encoding = math.nan
     if run.fields["algorithm"] == "dvrl":  # Else the loss is a constant 0.
-        encoding = runs.column(lines[-1:], "loss.encoding")[0]
-    most = math.nan if math.isnan(encoding) or not settled else max(runs.column(settled, "loss.encoding"))
-    hours = runs.column(lines[-1:], "wall_time")[0] / 3600
+        encoding = run_directory.column(lines[-1:], "loss.encoding")[0]
+    most = math.nan if math.isnan(encoding) or not settled else max(run_directory.column(settled, "loss.encoding"))
+    hours = run_directory.column(lines[-1:], "wall_time")[0] / 3600
     return [*returns, share, encoding, most, hours, lines[-1]["env_steps"] / (3600 * hours)]
 
 
@@ -167,7 +170,7 @@ def course_table(folder: Path) -> str:
             within = [[x for x in run.lines if x["env_steps"] <= last * i // STATIONS] for i in range(STATIONS + 1)]
             stations = {line["update"]: line for line in (run.lines[0], *(lines[-1] for lines in within if lines))}
             for line in stations.values():
-                cells = [_number(runs.column([line], name)[0], digits) for name, digits in COURSE]
+                cells = [_number(run_directory.column([line], name)[0], digits) for name, digits in COURSE]
                 rows.append([setting, str(run.fields["seed"]), f"{line['env_steps']:,}", *cells])
     return markdown.table([stored.agent, "seed", "steps", *(name for name, _ in COURSE)], rows)
 
@@ -185,7 +188,9 @@ def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
         command = "evaluate.py" if kind == "evaluation" else f"-m evidence.{kind}"
-        raise runs.RunError(f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})")
+        raise run_directory.RunError(
+            f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})"
+        )
     return found
 
 
@@ -283,7 +288,7 @@ def generate(text: str, results: Path = RESULTS) -> str:
         RunError: a comment names something that is not there, or does not end.
     """
     if len(BEGIN.findall(text)) != len(BLOCK.findall(text)):
-        raise runs.RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
+        raise run_directory.RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
     stored = results / "references.json"
     known = references.load(stored) if stored.exists() else []
 

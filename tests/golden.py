@@ -11,8 +11,8 @@ from flax import nnx
 from configs import default
 from dvrl_jax import a2c
 from dvrl_jax.agents import dvrl
+from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
-from dvrl_jax.original_weights import from_original
 
 
 class Recording(Environment):

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 from jax.random import fold_in
 
-from dvrl_jax import a2c, playing
+from dvrl_jax import a2c
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import DVRL, Inputs, bind
+from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec
-from dvrl_jax.original_weights import from_original
+from dvrl_jax.viewing import playing
 from tests.golden import Recording
 from tests.tiny import Recall, tiny_config
 

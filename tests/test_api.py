@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import dvrl_jax
-from dvrl_jax.config import ConfigError
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs.config import ConfigError
+from dvrl_jax.runs.run_directory import RunError
 from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent

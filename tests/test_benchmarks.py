@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import in_turns, throughput
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import config as config_lib
 from tests.tiny import HIKE, tiny_hike
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, compilation, envs, playing, reconstructions
-from dvrl_jax import config as config_lib
-from dvrl_jax.runs import RunError
+from dvrl_jax import a2c, envs
+from dvrl_jax.runs import compilation
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.viewing import playing, reconstructions
 from tests.tiny import tiny_hike, tiny_pong
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

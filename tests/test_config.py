@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from dvrl_jax import config as config_lib
+from dvrl_jax.runs import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["pong_dvrl", "pong_rnn", "atari_dvrl", "atari_rnn", "mountain_hike_dvrl", "mountain_hike_rnn"]

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, agents, discovery, envs, training
+from dvrl_jax import a2c, agents, discovery, envs
 from dvrl_jax.agents.rnn import RNN, Belief
 from dvrl_jax.envs import EnvState, MountainHike, ObservationSpec
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs import training
+from dvrl_jax.runs.run_directory import RunError
 from tests.tiny import Recall, tiny_config, tiny_hike, train
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
 from dvrl_jax import a2c
-from dvrl_jax.distinct import Distinct, is_blank
 from dvrl_jax.envs import ActionSpec
+from dvrl_jax.fast.distinct import Distinct, is_blank
 from tests.golden import Recording
 from tests.segments import assert_equal_up_to, last_gradient
 from tests.tiny import none_blank, tiny_pong

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from dvrl_jax import config as config_lib
-from dvrl_jax import runs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import run_directory
 from evidence import tables
 from tests.tiny import tiny_hike
 
@@ -205,7 +205,7 @@ def saved_runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved_runs")
     config = config_lib.finalise(tiny_hike("dvrl", model__h_dim=128))
     for number in ("3", "4"):
-        run = runs.RunDirectory(root / number)
+        run = run_directory.RunDirectory(root / number)
         run.write_config(config_lib.to_json(config))
         run.append_metrics({"update": 1, "env_steps": 20, "result.true": -200.0})
         if number == "3":

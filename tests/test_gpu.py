@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
-from dvrl_jax import a2c, compilation, envs, process
-from dvrl_jax import config as config_lib
+from dvrl_jax import a2c, envs
+from dvrl_jax.runs import compilation, process
+from dvrl_jax.runs import config as config_lib
 from tests.tiny import tiny_hike, tiny_pong
 
 UPDATES = 7  # More than a window and less than two.

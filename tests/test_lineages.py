@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
-from dvrl_jax import a2c, lineages
+from dvrl_jax import a2c
 from dvrl_jax.agents import DVRL
 from dvrl_jax.envs import ActionSpec
+from dvrl_jax.fast import lineages
 from tests.golden import Recording
 from tests.segments import assert_equal_up_to, last_gradient
 from tests.tiny import normals, tiny_config

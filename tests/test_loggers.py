@@ -10,8 +10,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import atari_dvrl, default
-from dvrl_jax import config as config_lib
-from dvrl_jax import loggers, reconstructions, runs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import loggers, run_directory
+from dvrl_jax.viewing import reconstructions
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train
 
@@ -37,7 +38,7 @@ def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
     train(tmp_path / "run", config, total_env_steps=33 * STEPS_PER_UPDATE, **settings)
     train(tmp_path / "run", config, total_env_steps=50 * STEPS_PER_UPDATE)
     expected = {}
-    for line in runs.read_metrics(tmp_path / "run"):
+    for line in run_directory.read_metrics(tmp_path / "run"):
         expected |= {(name, line["env_steps"]): value for name, value in loggers.numbers(line).items()}
     everything = events(tmp_path / "run")
     drawn = [(name, step) for name, step, value in everything if value is None]
@@ -63,7 +64,7 @@ def test_event_files_say_what_the_metrics_say_after_a_resume(tmp_path):
 
 
 def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
-    run = runs.RunDirectory(tmp_path)
+    run = run_directory.RunDirectory(tmp_path)
     rng = np.random.default_rng(0)
     images = {
         "observation": rng.integers(0, 255, (6, 8, 8, 1)).astype(np.uint8),
@@ -89,7 +90,7 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
 
 
 def test_a_damaged_reconstruction_is_left_out_and_named(tmp_path, capsys):
-    run = runs.RunDirectory(tmp_path)
+    run = run_directory.RunDirectory(tmp_path)
     image = np.zeros((1, 8, 8, 1), np.uint8)
     for update in (5, 10, 15):
         arrays = {"observation": image, "prediction_0": image, "env_steps": np.uint32(update)}
@@ -104,15 +105,15 @@ def test_a_damaged_reconstruction_is_left_out_and_named(tmp_path, capsys):
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
-    run = runs.RunDirectory(tmp_path)
+    run = run_directory.RunDirectory(tmp_path)
     image = np.random.default_rng(0).integers(0, 255, (300, 300, 3)).astype(np.uint8)
     board = loggers.TensorBoard(run, tiny_hike("rnn"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # As on a disk that is nearly full.
     try:
-        with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written \(File too large\)"):
+        with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written \(File too large\)"):
             board.image("picture", image, 1)
-        with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written"):
+        with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written"):
             board.line({"env_steps": 2, "loss.total": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -120,9 +121,9 @@ def test_what_cannot_be_written_is_named(tmp_path):
     for name in ("tensorboard", "reconstructions"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         (tmp_path / name).write_text("not a directory")
-    with pytest.raises(runs.RunError, match=r"tensorboard: cannot be written \(File exists\)"):
+    with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written \(File exists\)"):
         loggers.TensorBoard(run, tiny_hike("rnn"))
-    with pytest.raises(runs.RunError, match=r"reconstructions/5: cannot be written \(Not a directory\)"):
+    with pytest.raises(run_directory.RunError, match=r"reconstructions/5: cannot be written \(Not a directory\)"):
         reconstructions.save(tmp_path, 5, {"observation": image})
     run.close()
 

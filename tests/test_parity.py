@@ -7,7 +7,7 @@ import pytest
 
 from dvrl_jax import a2c
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.original_weights import translate
+from dvrl_jax.agents.original_weights import translate
 from tests.golden import Golden
 from tests.tiny import none_blank
 

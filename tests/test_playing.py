@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax import a2c, evaluation, playing, recording
+from dvrl_jax import a2c
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, MountainHike, ObservationSpec
+from dvrl_jax.viewing import evaluation, playing, recording
 from tests.tiny import Recall, tiny_config, tiny_hike
 
 

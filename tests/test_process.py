@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dvrl_jax import process
+from dvrl_jax.runs import process
 from tests.tiny import tiny_hike, tiny_pong
 
 
@@ -72,7 +72,7 @@ def test_one_heap_is_kept_where_working_memory_is_large(config, is_kept, monkeyp
 
 COUNT_HEAPS = """
 import ctypes, sys, threading
-from dvrl_jax import process
+from dvrl_jax.runs import process
 
 process.keep_one_heap()
 libc = ctypes.CDLL("libc.so.6")
@@ -98,7 +98,7 @@ libc.fflush(None)
 
 COUNT_PAGE_FAULTS = """
 import ctypes, resource
-from dvrl_jax import process
+from dvrl_jax.runs import process
 
 process.keep_one_heap()
 libc = ctypes.CDLL("libc.so.6")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from dvrl_jax import config as config_lib
-from dvrl_jax import experiments, plotting, runs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import experiments, run_directory
+from dvrl_jax.viewing import plotting
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +67,7 @@ def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, coun
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(runs.RunError, match="nothing is called 'atari/Pnog'"):
+    with pytest.raises(run_directory.RunError, match="nothing is called 'atari/Pnog'"):
         experiments.select(["atari/Pnog"])
 
 
@@ -85,7 +86,7 @@ def write_finished_run(root, name, value):
 
 def write_run(root, experiment, seed, env_steps, total_env_steps, value):
     """A run that has got so far of what it is to be."""
-    run = runs.RunDirectory(experiments.workdir(root, experiment, seed))
+    run = run_directory.RunDirectory(experiments.workdir(root, experiment, seed))
     config = experiments.load_config(experiment).copy_and_resolve_references()
     config.seed, config.total_env_steps = seed, total_env_steps
     run.write_config(config_lib.to_json(config))
@@ -151,7 +152,7 @@ def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
 
 def test_what_was_measured_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / "speeds.json").mkdir()
-    with pytest.raises(runs.RunError, match=r"speeds\.json: cannot be read"):
+    with pytest.raises(run_directory.RunError, match=r"speeds\.json: cannot be read"):
         experiments.Speeds(tmp_path)
 
 
@@ -180,7 +181,7 @@ def test_runs_are_done_once_go_on_and_are_summed_up(tmp_path):
 
     text = reproduce(tmp_path, "--steps=2400")
     assert text.count("resuming from update 2") == 2
-    lines = [runs.read_metrics(path / f"seed{seed}")[-1] for seed in (0, 1)]
+    lines = [run_directory.read_metrics(path / f"seed{seed}")[-1] for seed in (0, 1)]
     assert [line["env_steps"] for line in lines] == [2400, 2400]
     (result,) = json.loads((tmp_path / "results.json").read_text())
     values = [line["result.true"] for line in lines]
@@ -229,5 +230,5 @@ def test_a_closed_terminal_stops_the_training_too(tmp_path, start):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 129, output
     assert "stopped by SIGHUP; checkpoint at update" in output and f"{run}: stopped; the same command" in output
-    runs.RunDirectory(run).close()  # Nobody trains there any more.
+    run_directory.RunDirectory(run).close()  # Nobody trains there any more.
     assert not run.with_name("seed1").exists()

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from dvrl_jax import a2c, envs, evaluation, runs, training
-from dvrl_jax import config as config_lib
+from dvrl_jax import a2c, envs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import run_directory, training
+from dvrl_jax.viewing import evaluation
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 
@@ -30,7 +32,7 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, p_blank):
     config, half = tiny_hike(algorithm, env__p_blank=p_blank), 33 * STEPS_PER_UPDATE
     train(tmp_path / "straight", config, total_env_steps=2 * half)
     train(tmp_path / "parts", config, total_env_steps=half)
-    assert runs.read_metrics(tmp_path / "parts")[-1]["update"] == 33
+    assert run_directory.read_metrics(tmp_path / "parts")[-1]["update"] == 33
     train(tmp_path / "parts", config, total_env_steps=2 * half)
     straight, parts = checkpoint_arrays(tmp_path / "straight"), checkpoint_arrays(tmp_path / "parts")
     assert straight.keys() == parts.keys()
@@ -38,8 +40,8 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, p_blank):
     assert any(name.startswith("window.segments") for name in parts)
     for name, array in straight.items():
         np.testing.assert_array_equal(array, parts[name], err_msg=name)
-    lines = untimed(runs.read_metrics(tmp_path / "parts"))
-    assert lines == untimed(runs.read_metrics(tmp_path / "straight"))
+    lines = untimed(run_directory.read_metrics(tmp_path / "parts"))
+    assert lines == untimed(run_directory.read_metrics(tmp_path / "straight"))
     assert [line["update"] for line in lines] == [10, 20, 30, 40, 50, 60, 66]
 
 
@@ -59,7 +61,7 @@ def test_lines_after_the_checkpoint_are_written_once(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"update": 30, "env_steps": 600}) + "\n" + '{"update": 40, "env_st')
     train(tmp_path, config, total_env_steps=40 * STEPS_PER_UPDATE)
-    lines = runs.read_metrics(tmp_path)
+    lines = run_directory.read_metrics(tmp_path)
     assert [line["update"] for line in lines] == [10, 20, 30, 40]
     assert all("loss.total" in line for line in lines)
 
@@ -74,10 +76,10 @@ def test_own_config_is_kept_and_contradictions_are_refused(tmp_path):
         train(tmp_path, tiny_hike("dvrl"), total_env_steps=400)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     train(tmp_path, config, total_env_steps=400, log__interval=5, env__first_core=0)
-    stored = runs.read_config(tmp_path)
+    stored = run_directory.read_config(tmp_path)
     assert (stored["seed"], stored["total_env_steps"], stored["log.interval"]) == (5, 400, 5)
     assert stored["env.first_core"] == 0
-    assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10, 15, 20]
+    assert [line["update"] for line in run_directory.read_metrics(tmp_path)] == [10, 15, 20]
 
 
 def test_episodes_after_a_resume_are_others_than_at_the_start():
@@ -93,7 +95,7 @@ def test_a_resumed_run_asks_for_other_episodes(tmp_path, monkeypatch):
     for updates in (10, 20, 30):
         train(tmp_path, tiny_hike("rnn", seed=3), total_env_steps=updates * STEPS_PER_UPDATE)
     assert seeds[0] == 3 and len(set(seeds)) == 3
-    walls = [line["wall_time"] for line in runs.read_metrics(tmp_path)]
+    walls = [line["wall_time"] for line in run_directory.read_metrics(tmp_path)]
     assert walls == sorted(set(walls)) and len(walls) == 3
 
     learner = a2c.make_learner(tiny_hike("rnn"), make_env(tiny_hike("rnn").env, 10, 0))
@@ -109,7 +111,7 @@ def test_the_same_command_goes_on_though_a_field_follows_from_another(tmp_path):
     config = tiny_hike("dvrl", loss__encoding_coef=0.0)
     for steps in (200, 400):
         state = train(tmp_path, config, total_env_steps=steps, model__resample=True)
-    assert int(state.update) == 20 and runs.read_config(tmp_path)["model.resample"] is False
+    assert int(state.update) == 20 and run_directory.read_config(tmp_path)["model.resample"] is False
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
@@ -127,7 +129,7 @@ def test_a_longer_run_keeps_its_result_until_there_is_a_newer_one(tmp_path, monk
     """Stopped while compiling or before its next line, it is still the finished run that it was."""
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=15 * STEPS_PER_UPDATE)
-    finished = runs.read_metrics(tmp_path)
+    finished = run_directory.read_metrics(tmp_path)
     assert [(line["update"], line.get("final", False)) for line in finished] == [(10, False), (15, True)]
 
     def stop(*arguments):
@@ -136,15 +138,15 @@ def test_a_longer_run_keeps_its_result_until_there_is_a_newer_one(tmp_path, monk
     for function in ("_compile", "_Loop._run"):
         before = (tmp_path / "config.json").read_text()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"dvrl_jax.training.{function}", stop)
+            patch.setattr(f"dvrl_jax.runs.training.{function}", stop)
             train(tmp_path, config, total_env_steps=35 * STEPS_PER_UPDATE)
-        assert runs.read_metrics(tmp_path) == finished
+        assert run_directory.read_metrics(tmp_path) == finished
         assert ((tmp_path / "config.json").read_text() == before) == (function == "_compile")
     train(tmp_path, config, total_env_steps=15 * STEPS_PER_UPDATE)
-    assert runs.read_metrics(tmp_path) == finished
+    assert run_directory.read_metrics(tmp_path) == finished
     train(tmp_path, config, total_env_steps=35 * STEPS_PER_UPDATE)
     train(tmp_path / "whole", config, total_env_steps=35 * STEPS_PER_UPDATE)
-    assert untimed(runs.read_metrics(tmp_path)) == untimed(runs.read_metrics(tmp_path / "whole"))
+    assert untimed(run_directory.read_metrics(tmp_path)) == untimed(run_directory.read_metrics(tmp_path / "whole"))
 
 
 def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_path, capsys):
@@ -158,11 +160,11 @@ def test_a_run_without_its_checkpoints_starts_anew_and_keeps_its_metrics(tmp_pat
         train(tmp_path, config, total_env_steps=200)
         aside = tmp_path / f"before.{number}"
         assert f"training starts anew; what was measured so far is in {aside}\n" in capsys.readouterr().out
-        assert [line["update"] for line in runs.read_metrics(aside)] == [10]
+        assert [line["update"] for line in run_directory.read_metrics(aside)] == [10]
     before_1 = {path.name for path in (tmp_path / "before.1").iterdir()}
     assert before_1 == {"metrics.jsonl", "tensorboard", "evaluation-10-5games-seed0.json"}
     assert (tmp_path / "before.1" / "metrics.jsonl").read_bytes() == before
-    assert [line["update"] for line in runs.read_metrics(tmp_path)] == [10]
+    assert [line["update"] for line in run_directory.read_metrics(tmp_path)] == [10]
     names = {".lock", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.1", "before.2", "thesis"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -171,16 +173,16 @@ def test_a_run_that_lacks_something_is_refused(tmp_path):
     train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
     metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
     config.rename(tmp_path / "away.json")
-    with pytest.raises(runs.RunError, match=r"has metrics\.jsonl but no config\.json"):
-        runs.RunDirectory(tmp_path)
+    with pytest.raises(run_directory.RunError, match=r"has metrics\.jsonl but no config\.json"):
+        run_directory.RunDirectory(tmp_path)
     text = metrics.read_bytes()
     metrics.unlink()
-    with pytest.raises(runs.RunError, match=r"has checkpoints but no config\.json"):
-        runs.RunDirectory(tmp_path)
+    with pytest.raises(run_directory.RunError, match=r"has checkpoints but no config\.json"):
+        run_directory.RunDirectory(tmp_path)
     (tmp_path / "away.json").rename(config)
     (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(text))
-    with pytest.raises(runs.RunError, match=r"has metrics\.jsonl\.gz, a run put away"):
-        runs.RunDirectory(tmp_path)
+    with pytest.raises(run_directory.RunError, match=r"has metrics\.jsonl\.gz, a run put away"):
+        run_directory.RunDirectory(tmp_path)
 
 
 def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
@@ -194,31 +196,31 @@ def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
     assert f"{tmp_path} goes on as it began, not as the configuration file says: " in output
     assert "loss.gamma = 0.99 (in the file 0.5)" in output and "log.interval = 10 (in the file 20)" in output
     assert output.count("in the file") == 2
-    assert int(state.update) == 20 and runs.read_config(tmp_path)["loss.gamma"] == 0.99
+    assert int(state.update) == 20 and run_directory.read_config(tmp_path)["loss.gamma"] == 0.99
 
 
 def test_a_directory_in_use_is_refused(tmp_path):
-    first = runs.RunDirectory(tmp_path)
-    with pytest.raises(runs.RunError, match="another process"):
-        runs.RunDirectory(tmp_path)
+    first = run_directory.RunDirectory(tmp_path)
+    with pytest.raises(run_directory.RunError, match="another process"):
+        run_directory.RunDirectory(tmp_path)
     first.close()
-    runs.RunDirectory(tmp_path).close()
+    run_directory.RunDirectory(tmp_path).close()
 
 
 def test_a_file_system_without_locks_is_named_as_such(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    with pytest.raises(runs.RunError, match=r"cannot be locked \(No locks available\)"):
-        runs.RunDirectory(tmp_path)
+    monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
+    with pytest.raises(run_directory.RunError, match=r"cannot be locked \(No locks available\)"):
+        run_directory.RunDirectory(tmp_path)
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model.h_dim": 9}))
-    with pytest.raises(runs.RunError, match="shape"):
+    with pytest.raises(run_directory.RunError, match="shape"):
         train(tmp_path, tiny_hike("rnn"), total_env_steps=400)
 
 
@@ -233,7 +235,7 @@ def test_pong_resumes_with_new_episodes_after_sigterm(tmp_path):
     """SIGTERM saves and leaves with 143; counters, optimiser and normalisation continue, beliefs start afresh."""
     process = subprocess.Popen(pong_command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "metrics.jsonl").exists() or len(runs.read_metrics(tmp_path)) < 3:
+    while not (tmp_path / "metrics.jsonl").exists() or len(run_directory.read_metrics(tmp_path)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -244,11 +246,11 @@ def test_pong_resumes_with_new_episodes_after_sigterm(tmp_path):
     assert not any(name.startswith(("actor", "window")) for name in saved)
     assert any(name.startswith("batch_stats") for name in saved)
     update = int(saved["update"])
-    before = runs.read_metrics(tmp_path)
+    before = run_directory.read_metrics(tmp_path)
     command = pong_command(tmp_path, f"total_env_steps={(update + 15) * 20}")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=True, timeout=300)
     assert f"resuming from update {update:,}" in result.stdout
-    lines = runs.read_metrics(tmp_path)
+    lines = run_directory.read_metrics(tmp_path)
     assert lines[: len(before)] == before
     updates = [line["update"] for line in lines]
     assert updates == sorted(set(updates)) and updates[-1] == update + 15
@@ -262,7 +264,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     """Of many checkpoints, the last ones and the one with the highest result.true stay; evaluation finds it."""
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200 * STEPS_PER_UPDATE, checkpoint__interval=20, checkpoint__keep=2)
-    results = {line["update"]: line["result.true"] for line in runs.read_metrics(tmp_path)}
+    results = {line["update"]: line["result.true"] for line in run_directory.read_metrics(tmp_path)}
     saved = {update: result for update, result in results.items() if update % 20 == 0 and result is not None}
     best = max(saved, key=saved.get)
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
@@ -274,5 +276,5 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     assert json.loads((tmp_path / f"evaluation-{best}-7games-seed3.json").read_text()) == summary
     again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary
-    with pytest.raises(runs.RunError, match="there are"):
+    with pytest.raises(run_directory.RunError, match="there are"):
         evaluation.evaluate(tmp_path, default.get_config(), 1, greedy=True, checkpoint="77", seed=0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax.distinct import Distinct
+from dvrl_jax.fast.distinct import Distinct
 from dvrl_jax.tape import SIGMOID, SOFTPLUS, TANH, Player, Recorder, RowPlayer, Tape
 
 STEPS = 3

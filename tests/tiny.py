@@ -8,9 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import default, mountain_hike_dvrl, mountain_hike_rnn
-from dvrl_jax import config as config_lib
-from dvrl_jax import training
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import training
 
 # Fields of `tiny_hike`.
 HIKE = {"num_envs": 10, "num_steps": 2, "model.channels": (8, 8), "model.h_dim": 8, "model.z_dim": 5}

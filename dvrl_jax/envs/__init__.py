@@ -5,7 +5,7 @@ from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec, check
 from dvrl_jax.envs.flicker import Flicker
 from dvrl_jax.envs.mountain_hike import MountainHike
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs.run_directory import RunError
 
 
 def named() -> dict[str, type[Environment]]:

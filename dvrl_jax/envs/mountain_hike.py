@@ -76,7 +76,7 @@ class MountainHike(Environment):
 
     @classmethod
     def painter(cls) -> Any:
-        from dvrl_jax.pictures.hike import HikePainter  # Drawing is imported where something is drawn.
+        from dvrl_jax.viewing.pictures.hike import HikePainter  # Drawing is imported where something is drawn.
 
         return HikePainter()
 

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from dvrl_jax import runs
+from dvrl_jax.runs import run_directory
 from tests.tiny import HIKE, checkpoint_arrays, untimed
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 
@@ -123,7 +123,7 @@ def kill_in_line(process: Process, rng: random.Random) -> str:
     process.kill()
     content = metrics.read_bytes()
     start = content.rstrip(b"\n").rfind(b"\n") + 1
-    last = runs.read_metrics(process.workdir)[-1]["update"]
+    last = run_directory.read_metrics(process.workdir)[-1]["update"]
     # Lines are on disk before the checkpoint of the same update is begun, so a line that has one cannot be torn.
     if last <= max(complete_checkpoints(process.workdir), default=0):
         return "just after a line"
@@ -147,7 +147,7 @@ def check_start(workdir: Path, output: str, newest: int | None) -> bool:
 
 def check_lines(workdir: Path, complete: bool = False) -> list[dict]:
     """The lines of metrics, which must be every one, once, in order."""
-    lines = runs.read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+    lines = run_directory.read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
     updates = [line["update"] for line in lines]
     regular = updates[:-1] if complete else updates
     assert regular == [LOG_INTERVAL * (i + 1) for i in range(len(regular))], updates

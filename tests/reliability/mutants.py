@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/distinct.py"
-LINEAGES, WINDOW, LEARNER = "dvrl_jax/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
+FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/fast/distinct.py"
+LINEAGES, WINDOW, LEARNER = "dvrl_jax/fast/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
 DVRL, RNN = "dvrl_jax/agents/dvrl.py", "dvrl_jax/agents/rnn.py"
-PLAYING, GAMES = "dvrl_jax/playing.py", "dvrl_jax/evaluation.py"
+PLAYING, GAMES = "dvrl_jax/viewing/playing.py", "dvrl_jax/viewing/evaluation.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
     FILTER: ["tests/test_particle_filter.py"],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvrl_jax.markdown import table
+from dvrl_jax.runs.markdown import table
 
 ROOT = Path(__file__).parent.parent.parent
 INTERVAL = 10.0  # Seconds between samples.

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from dvrl_jax import config as config_lib
-from dvrl_jax import runs, training
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import run_directory, training
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", 400))  # Configurations to check only.
 TRAININGS = int(os.environ.get("CONFIG_TRAININGS", 2))  # To train two updates each, which has to be compiled.
@@ -156,4 +156,4 @@ def test_any_combination_of_valid_values_trains_or_is_refused(count, tmp_path_fa
     count["trained"] += 1
     assert int(state.env_steps) >= 2 * per_update and int(state.skipped) == 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))
-    assert runs.read_metrics(workdir)[-1]["env_steps"] == int(state.env_steps)
+    assert run_directory.read_metrics(workdir)[-1]["env_steps"] == int(state.env_steps)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import pong_rnn
-from dvrl_jax import runs
 from dvrl_jax.envs.atari import make_pool
+from dvrl_jax.runs import run_directory
 from tests import tiny
 
 
@@ -24,7 +24,7 @@ def hike():
 def train(workdir, config, seed):
     """The state after training, and the lines of metrics without those that depend on the clock."""
     state = tiny.train(workdir, config, seed=seed)
-    return state, tiny.untimed(runs.read_metrics(workdir))
+    return state, tiny.untimed(run_directory.read_metrics(workdir))
 
 
 @pytest.mark.parametrize("task", [hike, pong])

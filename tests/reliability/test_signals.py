@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dvrl_jax import process, reporting, runs, training
+from dvrl_jax.runs import process, reporting, run_directory, training
 from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +45,7 @@ def wait_for(process, happened):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_leaves_soon(training_in, tmp_path, number, code):
     process = training_in(tmp_path)
-    wait_for(process, lambda: (tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3)
+    wait_for(process, lambda: (tmp_path / "metrics.jsonl").exists() and len(run_directory.read_metrics(tmp_path)) >= 3)
     began = time.monotonic()
     process.send_signal(number)
     output, errors = process.communicate(timeout=600)
@@ -54,7 +54,7 @@ def test_a_signal_saves_and_leaves_soon(training_in, tmp_path, number, code):
     assert "Traceback" not in errors and f"stopped by {number.name}; checkpoint at update" in output
     update = int(output.rsplit("update ", 1)[1].split()[0].replace(",", ""))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(update)]
-    assert update >= runs.read_metrics(tmp_path)[-1]["update"]
+    assert update >= run_directory.read_metrics(tmp_path)[-1]["update"]
     assert elapsed < training.MAX_CALL_SECONDS + BEYOND_THE_RUNNING_CHUNK
 
 
@@ -99,7 +99,7 @@ def test_training_needs_no_reader_at_all(stdout, tmp_path):
     shell = ["bash", "-c", f"set -o pipefail; {training} {stdout}"]
     result = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600)
     assert result.returncode == 0 and result.stderr == ""
-    assert runs.read_metrics(tmp_path / "run")[-1]["env_steps"] == 2000
+    assert run_directory.read_metrics(tmp_path / "run")[-1]["env_steps"] == 2000
 
 
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid to give a process a terminal of its own")
@@ -109,14 +109,14 @@ def test_a_closed_terminal_saves_a_checkpoint(start, tmp_path):
     process = start(["setsid", "--ctty", *command(tmp_path)], stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     deadline = time.monotonic() + 300
-    while not ((tmp_path / "metrics.jsonl").exists() and len(runs.read_metrics(tmp_path)) >= 3):
+    while not ((tmp_path / "metrics.jsonl").exists() and len(run_directory.read_metrics(tmp_path)) >= 3):
         assert process.poll() is None and time.monotonic() < deadline
         if select.select([master], [], [], 0.05)[0]:
             os.read(master, 1024)  # Else it would fill.
     os.close(master)
     assert process.wait(timeout=60) == 129
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert int(checkpoint.name) >= runs.read_metrics(tmp_path)[-1]["update"]
+    assert int(checkpoint.name) >= run_directory.read_metrics(tmp_path)[-1]["update"]
 
 
 def test_nohup_is_respected():

@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, envs, pictures, playing, recording, runs
-from dvrl_jax import config as config_lib
+from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
+from dvrl_jax.runs import checkpoints, run_directory
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.viewing import pictures, playing, recording
 
 Array = jax.Array
 
@@ -51,7 +53,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     """
     config = config_lib.of_run(path, default, {"env.first_core": -1})
     if config is None:
-        raise runs.RunError(f"{path}: holds no run (there is no config.json)")
+        raise run_directory.RunError(f"{path}: holds no run (there is no config.json)")
     return config
 
 
@@ -73,7 +75,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
         try:
             weights = saver.restore_weights(step, params, batch_stats)
             break
-        except runs.RunError:
+        except run_directory.RunError:
             if (path / "checkpoints" / str(step)).exists():
                 raise  # Else training has just replaced it by another one.
     agent = nnx.merge(graphdef, *weights)
@@ -105,7 +107,7 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
             over |= end
         if over.all():
             return Games(total, length)
-    raise runs.RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
+    raise run_directory.RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
 
 
 def check_video(path: Path, default: ConfigDict, video: Path) -> None:
@@ -143,7 +145,7 @@ def store(path: Path, summary: dict[str, Any]) -> None:
     """
     kind = "-greedy" if summary["greedy"] else ""
     file = path / f"evaluation-{summary['update']}{kind}-{summary['episodes']}games-seed{summary['seed']}.json"
-    runs.replace(file, json.dumps(summary, indent=1) + "\n")
+    run_directory.replace(file, json.dumps(summary, indent=1) + "\n")
 
 
 def draw(

@@ -12,10 +12,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax import compilation, process
-from dvrl_jax.config import ConfigError, check_fields, check_made, flatten, from_fields, with_settings
 from dvrl_jax.discovery import DiscoveryError
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs import compilation, process
+from dvrl_jax.runs.config import ConfigError, check_fields, check_made, flatten, from_fields, with_settings
+from dvrl_jax.runs.run_directory import RunError
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dvrl_jax.reconstructions import to_uint8
-from dvrl_jax.recording import Recording
+from dvrl_jax.viewing.reconstructions import to_uint8
+from dvrl_jax.viewing.recording import Recording
 
 INK, FAINT, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
 BLUE, ORANGE, GRID = (31, 119, 180), (255, 127, 14), (225, 225, 225)

@@ -2,7 +2,7 @@
 
     saved_runs/7/config.json      the configuration, field by field
     saved_runs/7/metrics.jsonl    one JSON object per log line; of runs put away also metrics.jsonl.gz
-    saved_runs/7/checkpoints/     see `dvrl_jax.checkpoints`
+    saved_runs/7/checkpoints/     see `dvrl_jax.runs.checkpoints`
 
 Everything read back is JSON or arrays; nothing in a run directory is ever executed or unpickled.
 """

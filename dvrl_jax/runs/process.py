@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvrl_jax.config import sees_images
+from dvrl_jax.runs.config import sees_images
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # One of them comes with jax[cuda12] or jax[cuda13].

@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dvrl_jax import runs
 from dvrl_jax.envs import Environment
-from dvrl_jax.pictures.frames import FramePainter
-from dvrl_jax.pictures.hike import HikePainter
-from dvrl_jax.recording import Recording
-from dvrl_jax.runs import RunError
+from dvrl_jax.runs import run_directory
+from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.viewing.pictures.frames import FramePainter
+from dvrl_jax.viewing.pictures.hike import HikePainter
+from dvrl_jax.viewing.recording import Recording
 
 ENDINGS = (".mp4", ".gif", ".png")
 
@@ -80,7 +80,7 @@ def write(path: Path, painter: Painter, recording: Recording) -> None:
         RunError: the ending is another one, MP4 is not installed, or the file cannot be written.
     """
     check_path(path)
-    with runs.writing(path):
+    with run_directory.writing(path):
         if path.suffix == ".png":
             Image.fromarray(painter.still(recording)).save(path, optimize=True)
         elif path.suffix == ".gif":

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvrl_jax import particle_filter as pf
-from dvrl_jax import playing
 from dvrl_jax.agents import Agent
 from dvrl_jax.agents.base import Prediction
 from dvrl_jax.envs import Environment
+from dvrl_jax.viewing import playing
 
 Array = jax.Array
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from dvrl_jax import config, runs
+from dvrl_jax.runs import config, run_directory
 
 UNITS = {
     "result": "return per episode",
@@ -53,15 +53,17 @@ def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
     Raises:
         RunError: it is not one, or has no metrics yet; the message lists what there is.
     """
-    fields = runs.read_config(path)
-    if fields is None or not runs.has_metrics(path):
+    fields = run_directory.read_config(path)
+    if fields is None or not run_directory.has_metrics(path):
         root = path.parent
-        found = sorted((p.name for p in root.glob("*") if runs.has_metrics(p)), key=lambda name: (len(name), name))
-        raise runs.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
+        found = sorted(
+            (p.name for p in root.glob("*") if run_directory.has_metrics(p)), key=lambda name: (len(name), name)
+        )
+        raise run_directory.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
     for field in KINDS:
         if not isinstance(fields.get(field, ""), str):
-            raise runs.RunError(f"{path / 'config.json'}: {field} = {fields[field]!r}: must be a name")
-    return Run(path, dict(defaults) | fields, runs.read_metrics(path))
+            raise run_directory.RunError(f"{path / 'config.json'}: {field} = {fields[field]!r}: must be a name")
+    return Run(path, dict(defaults) | fields, run_directory.read_metrics(path))
 
 
 def name_of(paths: list[Path], metrics: list[str], longest: int = 100) -> str:
@@ -78,7 +80,7 @@ def check_metric(loaded: list[Run], name: str) -> None:
     """Raises RunError, listing what exists, if no run has logged a metric of that name."""
     known = {key for run in loaded for line in run.lines for key in line} - {"final"}
     if name not in known:
-        raise runs.RunError(f"{name}: no such metric; there are {', '.join(sorted(known)) or 'none yet'}")
+        raise run_directory.RunError(f"{name}: no such metric; there are {', '.join(sorted(known)) or 'none yet'}")
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -118,8 +120,8 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
     """
     series = []
     for run in group:
-        steps = np.array(runs.column(run.lines, "env_steps"), float)
-        values = np.array(runs.column(run.lines, metric), float)
+        steps = np.array(run_directory.column(run.lines, "env_steps"), float)
+        values = np.array(run_directory.column(run.lines, metric), float)
         kept = np.isfinite(values)
         series.append((steps[kept], _smoothed(values[kept], smooth)))
     series = [(x, y) for x, y in series if x.size]
@@ -184,7 +186,7 @@ def save(figure: Figure, out: Path) -> list[Path]:
     """
     files = [Path(f"{out}.{ending}") for ending in ("png", "svg")]
     for file in files:
-        with runs.writing(file):
+        with run_directory.writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             new = file.with_name(f"{file.stem}.new{file.suffix}")
             figure.savefig(new, dpi=150, bbox_inches="tight")  # Grows with a legend that is wider than the figure.

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from dvrl_jax.envs import mountain_hike
-from dvrl_jax.recording import Recording
+from dvrl_jax.viewing.recording import Recording
 
 LIMIT = 1.6  # The map goes a little beyond the box, since readings do.
 READING, PARTICLE, BELIEF, PATH = "tab:orange", "tab:red", "tab:red", "white"

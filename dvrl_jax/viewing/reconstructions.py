@@ -18,8 +18,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, compilation, envs, playing, runs
+from dvrl_jax import a2c, envs
 from dvrl_jax.agents import bind
+from dvrl_jax.runs import compilation, run_directory
+from dvrl_jax.viewing import playing
 
 Array = jax.Array
 
@@ -71,7 +73,7 @@ def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:
     """
     folder = path / FOLDER / str(update)
     temporary = folder.with_name(f".{update}.new")
-    with runs.writing(folder):
+    with run_directory.writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, array in arrays.items():
@@ -95,10 +97,10 @@ def load(path: Path, update: int) -> dict[str, np.ndarray]:
         try:
             arrays[file.stem] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise runs.RunError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+            raise run_directory.RunError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     for name in ("observation", "env_steps"):
         if name not in arrays:
-            raise runs.RunError(f"{folder}: has no {name}.npy")
+            raise run_directory.RunError(f"{folder}: has no {name}.npy")
     return arrays
 
 
@@ -119,7 +121,7 @@ def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
 
     `name` is what configurations call the environment; None if nobody knows how to draw it, or nothing is predicted.
     """
-    from dvrl_jax import pictures  # Takes a moment to import, and most runs draw nothing.
+    from dvrl_jax.viewing import pictures  # Takes a moment to import, and most runs draw nothing.
 
     observation = arrays["observation"][:MAX_SHOWN]
     painter = pictures.find_painter(envs.find(name), is_image=observation.ndim == 4)

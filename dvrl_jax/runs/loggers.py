@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import config as config_lib
-from dvrl_jax import reconstructions, runs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import run_directory
+from dvrl_jax.viewing import reconstructions
 
 NOT_METRICS = ("update", "env_steps", "final")
 
@@ -44,7 +45,7 @@ class TensorBoard(Logger):
     space, would wait for ever.
     """
 
-    def __init__(self, run: runs.RunDirectory, config: ConfigDict):
+    def __init__(self, run: run_directory.RunDirectory, config: ConfigDict):
         """Writes what the run has so far.
 
         Raises:
@@ -53,18 +54,18 @@ class TensorBoard(Logger):
         from tensorboardX import event_file_writer
 
         self._folder = run.path / "tensorboard"
-        with runs.writing(self._folder):
+        with run_directory.writing(self._folder):
             self._folder.mkdir(exist_ok=True)
             for path in self._folder.glob("events.out.tfevents.*"):
                 path.unlink()
             self._writer = event_file_writer.EventsWriter(str(self._folder / "events"))
-        for line in runs.read_metrics(run.path) if run.metrics_path.exists() else []:
+        for line in run_directory.read_metrics(run.path) if run.metrics_path.exists() else []:
             if not line.get("final", False):  # The end that training now goes on from.
                 self._add(_scalars(line), line["env_steps"])
         for update in reconstructions.saved_updates(run.path):
             try:
                 arrays = reconstructions.load(run.path, update)
-            except runs.RunError as error:
+            except run_directory.RunError as error:
                 print(f"{error}; TensorBoard shows nothing of that update", flush=True)
                 continue
             picture = reconstructions.picture(config.env.name, arrays)
@@ -81,18 +82,18 @@ class TensorBoard(Logger):
         self._flush()
 
     def close(self) -> None:
-        with runs.writing(self._folder):
+        with run_directory.writing(self._folder):
             self._writer.close()
 
     def _add(self, summaries: Iterable[Any], env_steps: int) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        with runs.writing(self._folder):
+        with run_directory.writing(self._folder):
             for summary in summaries:
                 self._writer.write_event(Event(wall_time=time.time(), step=env_steps, summary=summary))
 
     def _flush(self) -> None:
-        with runs.writing(self._folder):
+        with run_directory.writing(self._folder):
             self._writer.flush()
 
 
@@ -111,12 +112,12 @@ def _picture(name: str, image: np.ndarray) -> Any:
 class WeightsAndBiases(Logger):
     """A run at Weights & Biases, or in the run's folder `wandb/` with WANDB_MODE=offline."""
 
-    def __init__(self, run: runs.RunDirectory, config: ConfigDict):
+    def __init__(self, run: run_directory.RunDirectory, config: ConfigDict):
         wandb = import_wandb()
         self._wandb = wandb
         id_path = run.path / "wandb_id"
         if not id_path.exists():
-            runs.replace(id_path, secrets.token_hex(4) + "\n")
+            run_directory.replace(id_path, secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             project="dvrl_jax",
             name=run.path.name,
@@ -140,7 +141,7 @@ class WeightsAndBiases(Logger):
 class Loggers(Logger):
     """All that a configuration asks for."""
 
-    def __init__(self, run: runs.RunDirectory, config: ConfigDict):
+    def __init__(self, run: run_directory.RunDirectory, config: ConfigDict):
         """Opens them.
 
         Raises:

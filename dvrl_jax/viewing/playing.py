@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, compilation
+from dvrl_jax import a2c
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.agents.base import Prediction
 from dvrl_jax.envs import Environment, EnvState
+from dvrl_jax.runs import compilation
 
 Array = jax.Array
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, checkpoints, compilation, envs, loggers, networks, process, reconstructions, reporting, runs
-from dvrl_jax import config as config_lib
+from dvrl_jax import a2c, envs, networks
+from dvrl_jax.runs import checkpoints, compilation, loggers, process, reporting, run_directory
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.viewing import reconstructions
 
 # A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
 # signals are answered.
@@ -30,7 +32,9 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
+def resolve_config(
+    run: run_directory.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict
+):
     """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
     A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
@@ -62,7 +66,9 @@ def resolve_config(run: runs.RunDirectory, given: ConfigDict | None, overrides: 
     return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
 
 
-def train(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, use_cache: bool = True) -> a2c.TrainState:
+def train(
+    run: run_directory.RunDirectory, config: ConfigDict, default: ConfigDict, use_cache: bool = True
+) -> a2c.TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
 
     `use_cache` allows the persistent compilation cache.
@@ -118,7 +124,7 @@ def _seed_of_episodes(seed: int, update: int) -> int:
     return int(np.random.SeedSequence([seed, update]).generate_state(1)[0]) % 2**31
 
 
-def _describe(run: runs.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
+def _describe(run: run_directory.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
     print(config_lib.describe(config, config_lib.with_settings(default)))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
@@ -227,7 +233,7 @@ class _Loop:
             self.last_update, self.last_steps = update, steps
         elif update - self.last_update >= MAX_UPDATES_WITHOUT_STEPS:
             name, count = self.config.env.name, update - self.last_update
-            raise runs.RunError(
+            raise run_directory.RunError(
                 f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)"
             )
 
@@ -236,9 +242,11 @@ class _Loop:
         waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
         return waited_long or (every > 0 and update % every == 0)
 
-    def _too_many_skipped(self, state: a2c.TrainState) -> runs.RunError:
+    def _too_many_skipped(self, state: a2c.TrainState) -> run_directory.RunError:
         why = reporting.why_stopped(state)
-        return runs.RunError(f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}")
+        return run_directory.RunError(
+            f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}"
+        )
 
     def _save_reconstruction(self, state: a2c.TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
@@ -267,5 +275,5 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
         raise config_lib.ConfigError("--config: is needed to start a new run")
-    run = runs.RunDirectory(runs.next_directory() if workdir is None else workdir)
+    run = run_directory.RunDirectory(run_directory.next_directory() if workdir is None else workdir)
     return run, resolve_config(run, config, overrides, default)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvrl_jax import config as config_lib
-from dvrl_jax import envs, markdown, runs
+from dvrl_jax import envs
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import markdown, run_directory
 
 AGENTS = ("dvrl", "rnn")
 GAMES = (
@@ -124,7 +125,9 @@ def select(patterns: Iterable[str]) -> list[Experiment]:
         names += [name for part in COMPARISONS if fnmatch.fnmatchcase(part, pattern) for name in COMPARISONS[part]]
         if not names:
             known = sorted({name.split("/")[0] for name in EXPERIMENTS})
-            raise runs.RunError(f"--only: nothing is called {pattern!r}; --list shows all ({', '.join(known)})")
+            raise run_directory.RunError(
+                f"--only: nothing is called {pattern!r}; --list shows all ({', '.join(known)})"
+            )
         chosen |= set(names)
     return [experiment for name, experiment in EXPERIMENTS.items() if name in chosen or not patterns]
 
@@ -159,7 +162,7 @@ def workdirs(root: Path, experiment: Experiment) -> list[Path]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """The newest line of a run's metrics; None if there is none."""
-    lines = runs.read_metrics(path) if runs.has_metrics(path) else []
+    lines = run_directory.read_metrics(path) if run_directory.has_metrics(path) else []
     return lines[-1] if lines else None
 
 
@@ -189,10 +192,10 @@ def check_run(path: Path, experiment: Experiment) -> None:
     Raises:
         RunError: it has other settings; the message names one.
     """
-    fields, settings = runs.read_config(path) or {}, _settings(experiment)
+    fields, settings = run_directory.read_config(path) or {}, _settings(experiment)
     if field := _difference(fields, settings):
         own, expected = fields[field], settings[field]
-        raise runs.RunError(
+        raise run_directory.RunError(
             f"{path}: has {field} = {own!r}, where {experiment.name} has {expected!r}; move it away to go on"
         )
 
@@ -212,8 +215,8 @@ def finished(root: Path, experiment: Experiment, steps: int) -> dict[int, list[F
     settings = _settings(experiment)
     found: dict[int, list[Finished]] = {}
     for path in workdirs(root, experiment):
-        fields = runs.read_config(path)
-        lines = runs.read_metrics(path) if runs.has_metrics(path) else []
+        fields = run_directory.read_config(path)
+        lines = run_directory.read_metrics(path) if run_directory.has_metrics(path) else []
         if fields is None or not lines or _difference(fields, settings):
             continue
         whole = fields.get("total_env_steps")
@@ -281,19 +284,19 @@ class Speeds:
 
         self.path = root / "speeds.json"
         try:
-            with runs.reading(self.path):
+            with run_directory.reading(self.path):
                 self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
         except ValueError:
             message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
-            raise runs.RunError(message) from None
+            raise run_directory.RunError(message) from None
         self._seen: dict[str, list[float]] = {}
         default = api.default_config()
         for metrics in sorted(root.glob("**/metrics.jsonl")):
             try:
                 config = config_lib.of_run(metrics.parent, default)
-            except runs.RunError:
+            except run_directory.RunError:
                 continue  # Of another version of the code.
-            values = [line["obs.fps"] for line in runs.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]
+            values = [line["obs.fps"] for line in run_directory.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]
             if config and values:
                 self._seen.setdefault(program_of(config_lib.flatten(config)), []).append(statistics.median(values))
 
@@ -309,6 +312,6 @@ class Speeds:
     def add(self, experiment: Experiment, steps_per_second: float) -> None:
         """Stores a measurement."""
         self._measured[program_of(config_lib.flatten(load_config(experiment)))] = steps_per_second
-        with runs.writing(self.path):
+        with run_directory.writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        runs.replace(self.path, json.dumps(self._measured, indent=1) + "\n")
+        run_directory.replace(self.path, json.dumps(self._measured, indent=1) + "\n")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import agents, envs, networks, runs
+from dvrl_jax import agents, envs, networks
+from dvrl_jax.runs import run_directory
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
 CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
@@ -147,13 +148,13 @@ def of_run(path: Path, default: ConfigDict, changes: Mapping[str, Any] = {}) -> 
     Raises:
         RunError: it is damaged, or not one that can be trained.
     """
-    fields = runs.read_config(path)
+    fields = run_directory.read_config(path)
     if fields is None:
         return None
     try:
         return from_fields(fields | dict(changes), default)
     except ConfigError as error:
-        raise runs.RunError(f"{path / 'config.json'}: {error}") from None
+        raise run_directory.RunError(f"{path / 'config.json'}: {error}") from None
 
 
 def finalise(config: ConfigDict) -> ConfigDict:

@@ -1,0 +1,1 @@
+"""From a command to files: configurations, run directories, checkpoints, log lines, signals."""

@@ -1,0 +1,1 @@
+"""Playing, judging and drawing what was trained."""
