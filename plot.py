@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import default
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line
 
 IDS = flags.DEFINE_list("id", [], "Numbers of runs under --root.")
@@ -18,16 +19,16 @@ OUT = flags.DEFINE_string(
 
 
 def main() -> int:
-    from dvrl_jax.runs import config, run_directory
+    from dvrl_jax.runs import config
     from dvrl_jax.viewing import plotting
 
     paths = [Path(ROOT.value) / number for number in IDS.value if number]
     paths += [Path(name) for name in WORKDIRS.value if name]
     paths = list({path.resolve(): path for path in paths}.values())  # A run that is named twice is one run.
     if not METRICS.value:
-        raise run_directory.RunError("--metric: name at least one metric, for example --metric result.true")
+        raise RunError("--metric: name at least one metric, for example --metric result.true")
     if not paths:
-        raise run_directory.RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
+        raise RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
     defaults = config.as_stored(default.get_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
@@ -35,7 +36,7 @@ def main() -> int:
     name = f"plots/{plotting.name_of(paths, METRICS.value)}" if OUT.value is None else OUT.value
     name = name.removesuffix(".png").removesuffix(".svg")
     if not name or name.endswith(("/", ".")):
-        raise run_directory.RunError(f"--out: {OUT.value!r} is no name of a file")
+        raise RunError(f"--out: {OUT.value!r} is no name of a file")
     figure = plotting.plot(loaded, METRICS.value, SMOOTH.value)
     print(*plotting.save(figure, Path(name)), sep="\n")
     return 0

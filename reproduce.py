@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 
 from configs import default
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, experiments, run_directory
 from dvrl_jax.runs import process as process_lib
 from dvrl_jax.runs.experiments import Experiment
@@ -81,7 +82,7 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
         print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
         if code := train([*experiment.arguments(), *settings]):
             leave_if_stopped(code, experiment.name)
-            raise run_directory.RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
+            raise RunError(f"{experiment.name}: the measurement failed; what train.py said is above")
         return run_directory.read_metrics(Path(folder) / "run")
 
 
@@ -163,9 +164,9 @@ def report(chosen: list[Experiment], root: Path) -> None:
 
 def main() -> int:
     if MEASURE.value and not LIST.value:
-        raise run_directory.RunError("--measure: goes with --list, which shows what it measures")
+        raise RunError("--measure: goes with --list, which shows what it measures")
     if FLAGS["only"].present and not ONLY.value:
-        raise run_directory.RunError("--only: names no experiment; leave it out for all of them")
+        raise RunError("--only: names no experiment; leave it out for all of them")
     chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
     if LIST.value:
         show(chosen, root)

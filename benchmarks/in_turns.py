@@ -27,6 +27,7 @@ from absl import flags
 from benchmarks.throughput import JOB, check_peer, machine, ready, with_job
 from configs import default
 from dvrl_jax import api
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, markdown, process
 from dvrl_jax.runs import config as config_lib
 
@@ -54,7 +55,7 @@ def parse(run: str):
     for change in changes:
         field, equals, value = change.partition("=")
         if not equals:
-            raise config_lib.ConfigError(f"--run: {change}: must be field=value, such as num_envs=128")
+            raise ConfigError(f"--run: {change}: must be field=value, such as num_envs=128")
         try:
             fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -149,15 +150,15 @@ def make_places(out: Path) -> tuple[Path, Path]:
         logs.mkdir(parents=True, exist_ok=True)
         out.touch(exist_ok=False)
     except FileExistsError:
-        raise config_lib.ConfigError(f"--out: {out} is there already; name another file") from None
+        raise ConfigError(f"--out: {out} is there already; name another file") from None
     except OSError as error:
-        raise config_lib.ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
     return out, logs
 
 
 def main() -> int:
     if not FLAGS.run:
-        raise config_lib.ConfigError("--run: must name a configuration, such as pong_dvrl; it may be given repeatedly")
+        raise ConfigError("--run: must name a configuration, such as pong_dvrl; it may be given repeatedly")
     began = time.monotonic()
     configs = {run: parse(run) for run in FLAGS.run}
     if FLAGS.compare:

@@ -18,8 +18,8 @@ from absl import flags
 
 from benchmarks.throughput import make_program
 from configs import default
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process
-from dvrl_jax.runs import config as config_lib
 
 FLAGS = flags.FLAGS
 
@@ -86,7 +86,7 @@ def main() -> int:
     import jax.numpy as jnp
 
     if jax.default_backend() != "gpu":
-        raise config_lib.ConfigError(f"this needs a GPU; JAX runs on the {jax.default_backend()}")
+        raise ConfigError(f"this needs a GPU; JAX runs on the {jax.default_backend()}")
     program = make_program(config)
     run = lambda state: jax.block_until_ready(program.run(state, jnp.int32(FLAGS.updates)))
     state = run(program.state)

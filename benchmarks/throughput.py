@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from configs import default
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process
 from dvrl_jax.runs import config as config_lib
 
@@ -225,7 +226,7 @@ def check_peer(config) -> None:
         wanted["model.resample"] = (m.resample, True)
     for field, (value, only) in wanted.items():
         if value != only:
-            raise config_lib.ConfigError(f"{field} = {value!r}: the PyTorch peer has {only!r} only")
+            raise ConfigError(f"{field} = {value!r}: the PyTorch peer has {only!r} only")
 
 
 class Torch:

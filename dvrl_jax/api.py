@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import compilation, reporting
 from dvrl_jax.runs import config as config_lib
-from dvrl_jax.runs.run_directory import RunError
 from dvrl_jax.viewing import evaluation
 
 Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
@@ -35,17 +35,17 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
         ConfigError: there is no such configuration or field, or a value is impossible.
     """
     if not name.isidentifier() or name.startswith("_"):
-        raise config_lib.ConfigError(f"{name}: is not the name of a configuration, such as 'mountain_hike_dvrl'")
+        raise ConfigError(f"{name}: is not the name of a configuration, such as 'mountain_hike_dvrl'")
     module = _import(name, f"{name}: ")
     if not hasattr(module, "get_config"):
-        raise config_lib.ConfigError(f"{name}: configs/{name}.py has no function get_config")
+        raise ConfigError(f"{name}: configs/{name}.py has no function get_config")
     said = ", ".join(map(str, arguments)) or "no argument"
     try:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
-        raise config_lib.ConfigError(f"{name}: {said}: {error}") from None
+        raise ConfigError(f"{name}: {said}: {error}") from None
     if not all(isinstance(argument, str) for argument in arguments):
-        raise config_lib.ConfigError(f"{name}: {said}: arguments of a configuration are texts")
+        raise ConfigError(f"{name}: {said}: arguments of a configuration are texts")
     config = module.get_config(*arguments)
     config_lib.check_made(config, f"{name}: get_config")
     # Values may name another environment or belief model than the file: both have their settings.
@@ -74,7 +74,7 @@ def _import(name: str, said_first: str = "") -> ModuleType:
         if error.name not in ("configs", f"configs.{name}"):
             raise
         message = f"there is no configs/{name}.py on sys.path; run in the repository's root, or set PYTHONPATH to it"
-        raise config_lib.ConfigError(said_first + message) from None
+        raise ConfigError(said_first + message) from None
 
 
 class Run(NamedTuple):

@@ -4,9 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-
-class DiscoveryError(RuntimeError):
-    """A module that cannot be used; the message is one sentence that names it."""
+from dvrl_jax.errors import DiscoveryError
 
 
 def named(base: type, package: str) -> dict[str, type]:

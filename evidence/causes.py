@@ -25,7 +25,8 @@ from configs import default
 from dvrl_jax import a2c, envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent, bind
-from dvrl_jax.runs import command_line, markdown, process, run_directory
+from dvrl_jax.errors import RunError
+from dvrl_jax.runs import command_line, markdown, process
 from dvrl_jax.viewing import evaluation, playing
 
 Array = jax.Array
@@ -126,7 +127,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
     """
     config = evaluation.read_run_config(path, default)
     if config.env.name != "MountainHike":
-        raise run_directory.RunError(f"{path}: is a run of {config.env.name}; this reads policies of Mountain Hike")
+        raise RunError(f"{path}: is a run of {config.env.name}; this reads policies of Mountain Hike")
     env = envs.make_env(config.env, config.num_envs, seed)
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     agent.use_running_average = False  # As training sees it.
@@ -168,7 +169,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
     try:
         file.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise run_directory.RunError(f"{file}: cannot be written ({error.strerror})") from None
+        raise RunError(f"{file}: cannot be written ({error.strerror})") from None
     return result
 
 

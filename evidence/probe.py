@@ -23,7 +23,8 @@ from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
 from dvrl_jax.envs import mountain_hike as hike
-from dvrl_jax.runs import command_line, markdown, process, run_directory
+from dvrl_jax.errors import RunError
+from dvrl_jax.runs import command_line, markdown, process
 from dvrl_jax.viewing import evaluation, playing
 from evidence import kalman
 
@@ -174,12 +175,10 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
     """
     config = evaluation.read_run_config(path, default)
     if config.env.name != "MountainHike":
-        raise run_directory.RunError(
-            f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare"
-        )
+        raise RunError(f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare")
     if config.env.p_blank > 0:
         message = f"{path}: has blank observations (env.p_blank = {config.env.p_blank}), which the filter does not know"
-        raise run_directory.RunError(message)
+        raise RunError(message)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     played = play(agent, env, jax.random.PRNGKey(seed))
@@ -200,7 +199,7 @@ def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed:
     try:
         file.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise run_directory.RunError(f"{file}: cannot be written ({error.strerror})") from None
+        raise RunError(f"{file}: cannot be written ({error.strerror})") from None
     return result
 
 

@@ -21,8 +21,8 @@ from absl import flags
 from configs import default
 from dvrl_jax.envs import MountainHike
 from dvrl_jax.envs import mountain_hike as hike
-from dvrl_jax.runs import command_line, markdown, run_directory
-from dvrl_jax.runs import config as config_lib
+from dvrl_jax.errors import ConfigError, RunError
+from dvrl_jax.runs import command_line, markdown
 from evidence import kalman, planner
 
 Array = jax.Array
@@ -198,16 +198,16 @@ def load(path: Path) -> list[Reference]:
     try:
         return [Reference(**fields) for fields in json.loads(Path(path).read_text())["references"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise run_directory.RunError(f"{path}: not the references that evidence.references writes ({error})") from None
+        raise RunError(f"{path}: not the references that evidence.references writes ({error})") from None
 
 
 def main() -> int:
     cells = 0.5 / FLAGS.spacing
     if abs(cells - round(cells)) > 1e-6:
-        raise config_lib.ConfigError(f"--spacing={FLAGS.spacing}: must be a whole fraction of 0.5, such as 0.01")
+        raise ConfigError(f"--spacing={FLAGS.spacing}: must be a whole fraction of 0.5, such as 0.01")
     out = Path(FLAGS.out) if FLAGS.out else None
     if out and not out.parent.is_dir():
-        raise run_directory.RunError(f"--out: there is no directory {out.parent}")
+        raise RunError(f"--out: there is no directory {out.parent}")
     measured = measure_all(FLAGS.spacing, FLAGS.directions, FLAGS.episodes, FLAGS.seed, FLAGS.finer)
     print(f"{FLAGS.episodes:,} episodes, cells of {FLAGS.spacing:g}, {FLAGS.directions} directions")
     print(f"{platform.processor() or platform.machine()}, {jax.default_backend()}\n")

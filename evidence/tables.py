@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from configs import default
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, markdown, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import plotting
@@ -82,7 +83,7 @@ def load(folder: Path) -> Stored:
     """
     paths = sorted(path.parent for path in folder.rglob("config.json"))
     if not paths:
-        raise run_directory.RunError(f"{folder}: holds no runs")
+        raise RunError(f"{folder}: holds no runs")
     defaults = config_lib.flatten(default.get_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
@@ -188,9 +189,7 @@ def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
         command = "evaluate.py" if kind == "evaluation" else f"-m evidence.{kind}"
-        raise run_directory.RunError(
-            f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})"
-        )
+        raise RunError(f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})")
     return found
 
 
@@ -288,7 +287,7 @@ def generate(text: str, results: Path = RESULTS) -> str:
         RunError: a comment names something that is not there, or does not end.
     """
     if len(BEGIN.findall(text)) != len(BLOCK.findall(text)):
-        raise run_directory.RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
+        raise RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
     stored = results / "references.json"
     known = references.load(stored) if stored.exists() else []
 

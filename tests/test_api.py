@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import dvrl_jax
-from dvrl_jax.runs.config import ConfigError
-from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.errors import ConfigError, RunError
 from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import in_turns, throughput
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 from tests.tiny import HIKE, tiny_hike
 
@@ -39,14 +40,14 @@ def test_a_run_is_a_configuration_with_fields():
     ],
 )
 def test_a_run_with_a_mistake_is_refused(run, message):
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         in_turns.parse(run)
 
 
 def test_results_are_not_overwritten(tmp_path):
     (tmp_path / "kept.json").write_text("{}")
     for place, message in (("kept.json", "is there already"), ("kept.json/x.json", "cannot be written")):
-        with pytest.raises(config_lib.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             in_turns.make_places(tmp_path / place)
     assert (tmp_path / "kept.json").read_text() == "{}"
 
@@ -116,5 +117,5 @@ def test_throughput_measures_the_parts_too():
 def test_the_peer_is_compared_only_with_what_it_computes():
     throughput.check_peer(config_lib.finalise(tiny_hike("dvrl")))
     config = config_lib.finalise(tiny_hike("dvrl", model__resample=False))
-    with pytest.raises(config_lib.ConfigError, match="resample = False: the PyTorch peer has True only"):
+    with pytest.raises(ConfigError, match="resample = False: the PyTorch peer has True only"):
         throughput.check_peer(config)

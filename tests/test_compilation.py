@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from dvrl_jax import a2c, envs
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import compilation
 from dvrl_jax.runs import config as config_lib
-from dvrl_jax.runs.run_directory import RunError
 from dvrl_jax.viewing import playing, reconstructions
 from tests.tiny import tiny_hike, tiny_pong
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +71,7 @@ IMPOSSIBLE = [
 def test_an_impossible_value_is_named(field, value, message):
     config = importlib.import_module("configs.pong_dvrl").get_config()
     config.update_from_flattened_dict({field: value})
-    with pytest.raises(config_lib.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         config_lib.finalise(config)
     assert message in str(error.value)
     assert field in str(error.value) or "env.name" in str(error.value)
@@ -81,7 +82,7 @@ def test_an_impossible_value_is_named(field, value, message):
 def test_a_detached_belief_needs_a_loss_of_its_own(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.update_from_flattened_dict({"model.detach_encoder": True, "loss.encoding_coef": 0.0})
-    with pytest.raises(config_lib.ConfigError, match=r"^model.detach_encoder = True: must be False without loss.enc"):
+    with pytest.raises(ConfigError, match=r"^model.detach_encoder = True: must be False without loss.enc"):
         config_lib.finalise(config)
 
 
@@ -96,13 +97,13 @@ def test_an_rnn_has_both_weights_of_its_observation_loss_or_none():
         if message is None:
             config_lib.finalise(config)
             continue
-        with pytest.raises(config_lib.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             config_lib.finalise(config)
 
 
 def test_stored_configurations_are_checked():
     for values, message in [({"modle.h_dim": 3}, "did you mean model.h_dim"), ({"seed": "x"}, "seed = 'x'")]:
-        with pytest.raises(config_lib.ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message):
             config_lib.merge(default.get_config(), values)
     merged = config_lib.merge(default.get_config(), {"model.channels": [1, 2, 3], "loss.gamma": 1})
     assert merged.model.channels == (1, 2, 3) and merged.loss.gamma == 1.0

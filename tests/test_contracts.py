@@ -7,8 +7,8 @@ import pytest
 from dvrl_jax import a2c, agents, discovery, envs
 from dvrl_jax.agents.rnn import RNN, Belief
 from dvrl_jax.envs import EnvState, MountainHike, ObservationSpec
+from dvrl_jax.errors import DiscoveryError, RunError
 from dvrl_jax.runs import training
-from dvrl_jax.runs.run_directory import RunError
 from tests.tiny import Recall, tiny_config, tiny_hike, train
 
 
@@ -117,9 +117,7 @@ def test_settings_are_what_a_configuration_can_hold_and_the_class_takes():
     class Listed(Kind):
         name, settings = "listed", {"doors": [1, 2]}
 
-    with pytest.raises(
-        discovery.DiscoveryError, match=r"Listed has the setting doors = \[1, 2\], which must be a number"
-    ):
+    with pytest.raises(DiscoveryError, match=r"Listed has the setting doors = \[1, 2\], which must be a number"):
         discovery.named(Kind, "dvrl_jax.agents")
 
 

@@ -15,6 +15,7 @@ from scipy import stats
 
 from configs import default
 from dvrl_jax import a2c, api
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import plotting
@@ -157,7 +158,7 @@ def test_shares_are_between_the_random_policy_and_the_best(measured, tmp_path):
     assert references.share(named[references.SIGHTED, None], known, 0.0) == 1
     assert math.isnan(references.share(best, known, 0.2))
     (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(run_directory.RunError, match=r"other\.json: not the references"):
+    with pytest.raises(RunError, match=r"other\.json: not the references"):
         references.load(tmp_path / "other.json")
 
 
@@ -262,10 +263,10 @@ def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
     def refused(message, **fields):
         config = config_lib.finalise(tiny.tiny_hike("rnn", **fields))
         (tmp_path / "config.json").write_text(config_lib.to_json(config))
-        with pytest.raises(run_directory.RunError, match=message):
+        with pytest.raises(RunError, match=message):
             probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
 
-    with pytest.raises(run_directory.RunError, match="holds no run"):
+    with pytest.raises(RunError, match="holds no run"):
         probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
     refused("is a run of Pong; only Mountain Hike", env__name="Pong", model__channels=(8, 8, 8))
     refused("has blank observations", env__p_blank=0.5)
@@ -419,14 +420,14 @@ def test_the_course_of_a_run_is_its_first_line_and_the_last_of_each_part(tmp_pat
 
 
 def test_a_table_that_cannot_be_made_is_refused(tmp_path):
-    with pytest.raises(run_directory.RunError, match="nothing: holds no runs"):
+    with pytest.raises(RunError, match="nothing: holds no runs"):
         tables.generate("<!-- table: nothing -->\n<!-- end -->\n", tmp_path)
-    with pytest.raises(run_directory.RunError, match="has no '<!-- end -->'"):
+    with pytest.raises(RunError, match="has no '<!-- end -->'"):
         tables.generate("<!-- table: nothing -->\n", tmp_path)
     write_run(tmp_path / "hike" / "a", "rnn", 0, [-250.0])
-    with pytest.raises(run_directory.RunError, match=r"none of its runs has a causes-<update>\*\.json"):
+    with pytest.raises(RunError, match=r"none of its runs has a causes-<update>\*\.json"):
         tables.generate("<!-- table: hike causes -->\n<!-- end -->\n", tmp_path)
-    with pytest.raises(run_directory.RunError, match=r"evaluation-<update>\*\.json \(python evaluate\.py\)"):
+    with pytest.raises(RunError, match=r"evaluation-<update>\*\.json \(python evaluate\.py\)"):
         tables.generate("<!-- table: hike evaluations -->\n<!-- end -->\n", tmp_path)
 
 
@@ -437,5 +438,5 @@ def test_compressed_metrics_are_read_and_a_damaged_file_is_named(tmp_path):
     whole = file.read_bytes()
     for damaged in (whole[:-20], b"no gzip", whole[:20] + b"\xff\xff\xff" + whole[23:]):
         file.write_bytes(damaged)
-        with pytest.raises(run_directory.RunError, match=r"metrics\.jsonl\.gz: cannot be read"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl\.gz: cannot be read"):
             run_directory.read_metrics(tmp_path / "1")

@@ -10,6 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import atari_dvrl, default
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import loggers, run_directory
 from dvrl_jax.viewing import reconstructions
@@ -111,9 +112,9 @@ def test_what_cannot_be_written_is_named(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # As on a disk that is nearly full.
     try:
-        with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written \(File too large\)"):
+        with pytest.raises(RunError, match=r"tensorboard: cannot be written \(File too large\)"):
             board.image("picture", image, 1)
-        with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written"):
+        with pytest.raises(RunError, match=r"tensorboard: cannot be written"):
             board.line({"env_steps": 2, "loss.total": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -121,16 +122,16 @@ def test_what_cannot_be_written_is_named(tmp_path):
     for name in ("tensorboard", "reconstructions"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         (tmp_path / name).write_text("not a directory")
-    with pytest.raises(run_directory.RunError, match=r"tensorboard: cannot be written \(File exists\)"):
+    with pytest.raises(RunError, match=r"tensorboard: cannot be written \(File exists\)"):
         loggers.TensorBoard(run, tiny_hike("rnn"))
-    with pytest.raises(run_directory.RunError, match=r"reconstructions/5: cannot be written \(Not a directory\)"):
+    with pytest.raises(RunError, match=r"reconstructions/5: cannot be written \(Not a directory\)"):
         reconstructions.save(tmp_path, 5, {"observation": image})
     run.close()
 
 
 def test_wandb_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # As if it were not installed.
-    with pytest.raises(config_lib.ConfigError, match=r"extra 'wandb'"):
+    with pytest.raises(ConfigError, match=r"extra 'wandb'"):
         train(tmp_path / "run", tiny_hike("rnn"), log__wandb=True)
     assert not (tmp_path / "run").exists()
 
@@ -147,6 +148,6 @@ def test_wandb_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
 def test_impossible_log_settings_are_named(field, value, message):
     config = default.get_config()
     config.update_from_flattened_dict({field: value})
-    with pytest.raises(config_lib.ConfigError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         config_lib.finalise(config)
     assert field in str(error.value)

@@ -11,7 +11,7 @@ from PIL import Image
 from configs import pong_rnn
 from dvrl_jax import a2c, envs
 from dvrl_jax.envs import mountain_hike
-from dvrl_jax.runs import run_directory
+from dvrl_jax.errors import RunError
 from dvrl_jax.viewing import pictures, recording
 from dvrl_jax.viewing.pictures import hike
 from tests.tiny import tiny_hike
@@ -160,12 +160,12 @@ def test_frames_of_any_number_of_channels_and_any_actions_are_drawn():
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, monkeypatch):
-    with pytest.raises(run_directory.RunError, match=r"must end in one of \.mp4, \.gif, \.png"):
+    with pytest.raises(RunError, match=r"must end in one of \.mp4, \.gif, \.png"):
         pictures.check_path(tmp_path / "x.avi")
-    with pytest.raises(run_directory.RunError, match="no directory"):
+    with pytest.raises(RunError, match="no directory"):
         pictures.check_path(tmp_path / "nowhere" / "x.gif")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # As if it were not installed.
-    with pytest.raises(run_directory.RunError, match=r"extra 'video'"):
+    with pytest.raises(RunError, match=r"extra 'video'"):
         pictures.check_path(tmp_path / "x.mp4")
 
 

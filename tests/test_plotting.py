@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dvrl_jax.runs import run_directory
+from dvrl_jax.errors import RunError
 from dvrl_jax.viewing import plotting
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,9 @@ def test_the_legend_names_the_agent_and_what_varies_within_one(tmp_path):
 
 def test_what_does_not_exist_is_answered_with_what_does(tmp_path):
     run = write_run(tmp_path / "1", [1], [1.0])
-    with pytest.raises(run_directory.RunError, match="holds 1"):
+    with pytest.raises(RunError, match="holds 1"):
         plotting.load_run(tmp_path / "2")
-    with pytest.raises(run_directory.RunError, match=r"there are env_steps, result\.true"):
+    with pytest.raises(RunError, match=r"there are env_steps, result\.true"):
         plotting.check_metric([run], "result.tru")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import default
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import experiments, run_directory
 from dvrl_jax.viewing import plotting
@@ -67,7 +68,7 @@ def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, coun
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(run_directory.RunError, match="nothing is called 'atari/Pnog'"):
+    with pytest.raises(RunError, match="nothing is called 'atari/Pnog'"):
         experiments.select(["atari/Pnog"])
 
 
@@ -152,7 +153,7 @@ def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
 
 def test_what_was_measured_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / "speeds.json").mkdir()
-    with pytest.raises(run_directory.RunError, match=r"speeds\.json: cannot be read"):
+    with pytest.raises(RunError, match=r"speeds\.json: cannot be read"):
         experiments.Speeds(tmp_path)
 
 

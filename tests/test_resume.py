@@ -17,7 +17,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import a2c, envs
-from dvrl_jax.runs import config as config_lib
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory, training
 from dvrl_jax.viewing import evaluation
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
@@ -70,9 +70,9 @@ def test_own_config_is_kept_and_contradictions_are_refused(tmp_path):
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200, seed=5)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(config_lib.ConfigError, match=r"seed = 6: contradicts .*started with 5"):
+    with pytest.raises(ConfigError, match=r"seed = 6: contradicts .*started with 5"):
         train(tmp_path, config, total_env_steps=400, seed=6)
-    with pytest.raises(config_lib.ConfigError, match="algorithm"):
+    with pytest.raises(ConfigError, match="algorithm"):
         train(tmp_path, tiny_hike("dvrl"), total_env_steps=400)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     train(tmp_path, config, total_env_steps=400, log__interval=5, env__first_core=0)
@@ -173,15 +173,15 @@ def test_a_run_that_lacks_something_is_refused(tmp_path):
     train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
     metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
     config.rename(tmp_path / "away.json")
-    with pytest.raises(run_directory.RunError, match=r"has metrics\.jsonl but no config\.json"):
+    with pytest.raises(RunError, match=r"has metrics\.jsonl but no config\.json"):
         run_directory.RunDirectory(tmp_path)
     text = metrics.read_bytes()
     metrics.unlink()
-    with pytest.raises(run_directory.RunError, match=r"has checkpoints but no config\.json"):
+    with pytest.raises(RunError, match=r"has checkpoints but no config\.json"):
         run_directory.RunDirectory(tmp_path)
     (tmp_path / "away.json").rename(config)
     (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(text))
-    with pytest.raises(run_directory.RunError, match=r"has metrics\.jsonl\.gz, a run put away"):
+    with pytest.raises(RunError, match=r"has metrics\.jsonl\.gz, a run put away"):
         run_directory.RunDirectory(tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
 
 def test_a_directory_in_use_is_refused(tmp_path):
     first = run_directory.RunDirectory(tmp_path)
-    with pytest.raises(run_directory.RunError, match="another process"):
+    with pytest.raises(RunError, match="another process"):
         run_directory.RunDirectory(tmp_path)
     first.close()
     run_directory.RunDirectory(tmp_path).close()
@@ -212,7 +212,7 @@ def test_a_file_system_without_locks_is_named_as_such(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
-    with pytest.raises(run_directory.RunError, match=r"cannot be locked \(No locks available\)"):
+    with pytest.raises(RunError, match=r"cannot be locked \(No locks available\)"):
         run_directory.RunDirectory(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     train(tmp_path, tiny_hike("rnn"), total_env_steps=200)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model.h_dim": 9}))
-    with pytest.raises(run_directory.RunError, match="shape"):
+    with pytest.raises(RunError, match="shape"):
         train(tmp_path, tiny_hike("rnn"), total_env_steps=400)
 
 
@@ -276,5 +276,5 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     assert json.loads((tmp_path / f"evaluation-{best}-7games-seed3.json").read_text()) == summary
     again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary
-    with pytest.raises(run_directory.RunError, match="there are"):
+    with pytest.raises(RunError, match="there are"):
         evaluation.evaluate(tmp_path, default.get_config(), 1, greedy=True, checkpoint="77", seed=0)

@@ -31,7 +31,7 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
-from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.errors import RunError
 from dvrl_jax.tape import NO_TAPE, Tape
 
 Array = jax.Array

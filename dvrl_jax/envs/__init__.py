@@ -5,7 +5,7 @@ from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec, check
 from dvrl_jax.envs.flicker import Flicker
 from dvrl_jax.envs.mountain_hike import MountainHike
-from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.errors import DiscoveryError, RunError
 
 
 def named() -> dict[str, type[Environment]]:
@@ -17,7 +17,7 @@ def named() -> dict[str, type[Environment]]:
     found = discovery.named(Environment, __name__)
     for name, kind in found.items():
         if kind is not MountainHike and name in game_names():
-            raise discovery.DiscoveryError(f"{kind.__module__}: calls a class {name!r}, which is an Atari game")
+            raise DiscoveryError(f"{kind.__module__}: calls a class {name!r}, which is an Atari game")
     return found
 
 

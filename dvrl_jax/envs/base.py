@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.errors import RunError
 
 Array = jax.Array
 

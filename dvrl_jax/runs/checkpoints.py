@@ -21,8 +21,8 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dvrl_jax.a2c import TrainState
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import process
-from dvrl_jax.runs.run_directory import RunError
 
 EPISODE_FIELDS = ("actor", "window")
 # Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 and 4 changed what the window

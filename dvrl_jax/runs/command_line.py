@@ -12,10 +12,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dvrl_jax.discovery import DiscoveryError
+from dvrl_jax.errors import ConfigError, DiscoveryError, RunError
 from dvrl_jax.runs import compilation, process
-from dvrl_jax.runs.config import ConfigError, check_fields, check_made, flatten, from_fields, with_settings
-from dvrl_jax.runs.run_directory import RunError
+from dvrl_jax.runs.config import check_fields, check_made, flatten, from_fields, with_settings
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
 

@@ -11,8 +11,8 @@ import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs.config import sees_images
-from dvrl_jax.runs.run_directory import RunError
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).

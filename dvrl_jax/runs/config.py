@@ -10,16 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dvrl_jax import agents, envs, networks
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
 CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
 
 LARGEST = 1_000_000  # No size is sensibly larger; far larger ones would overflow rather than run out of memory.
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be trained; the message is one sentence that names the field."""
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,7 +151,7 @@ def of_run(path: Path, default: ConfigDict, changes: Mapping[str, Any] = {}) -> 
     try:
         return from_fields(fields | dict(changes), default)
     except ConfigError as error:
-        raise run_directory.RunError(f"{path / 'config.json'}: {error}") from None
+        raise RunError(f"{path / 'config.json'}: {error}") from None
 
 
 def finalise(config: ConfigDict) -> ConfigDict:

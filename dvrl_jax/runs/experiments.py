@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dvrl_jax import envs
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import markdown, run_directory
 
@@ -125,9 +126,7 @@ def select(patterns: Iterable[str]) -> list[Experiment]:
         names += [name for part in COMPARISONS if fnmatch.fnmatchcase(part, pattern) for name in COMPARISONS[part]]
         if not names:
             known = sorted({name.split("/")[0] for name in EXPERIMENTS})
-            raise run_directory.RunError(
-                f"--only: nothing is called {pattern!r}; --list shows all ({', '.join(known)})"
-            )
+            raise RunError(f"--only: nothing is called {pattern!r}; --list shows all ({', '.join(known)})")
         chosen |= set(names)
     return [experiment for name, experiment in EXPERIMENTS.items() if name in chosen or not patterns]
 
@@ -195,7 +194,7 @@ def check_run(path: Path, experiment: Experiment) -> None:
     fields, settings = run_directory.read_config(path) or {}, _settings(experiment)
     if field := _difference(fields, settings):
         own, expected = fields[field], settings[field]
-        raise run_directory.RunError(
+        raise RunError(
             f"{path}: has {field} = {own!r}, where {experiment.name} has {expected!r}; move it away to go on"
         )
 
@@ -288,13 +287,13 @@ class Speeds:
                 self._measured: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
         except ValueError:
             message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
-            raise run_directory.RunError(message) from None
+            raise RunError(message) from None
         self._seen: dict[str, list[float]] = {}
         default = api.default_config()
         for metrics in sorted(root.glob("**/metrics.jsonl")):
             try:
                 config = config_lib.of_run(metrics.parent, default)
-            except run_directory.RunError:
+            except RunError:
                 continue  # Of another version of the code.
             values = [line["obs.fps"] for line in run_directory.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]
             if config and values:

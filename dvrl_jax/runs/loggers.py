@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import run_directory
 from dvrl_jax.viewing import reconstructions
@@ -65,7 +66,7 @@ class TensorBoard(Logger):
         for update in reconstructions.saved_updates(run.path):
             try:
                 arrays = reconstructions.load(run.path, update)
-            except run_directory.RunError as error:
+            except RunError as error:
                 print(f"{error}; TensorBoard shows nothing of that update", flush=True)
                 continue
             picture = reconstructions.picture(config.env.name, arrays)
@@ -191,5 +192,5 @@ def import_wandb():
         import wandb
     except ImportError:
         message = "log.wandb = True: needs the extra 'wandb' (pip install -e '.[wandb]')"
-        raise config_lib.ConfigError(message) from None
+        raise ConfigError(message) from None
     return wandb

@@ -18,17 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dvrl_jax.errors import RunError
+
 SAVED_RUNS = Path("saved_runs")
 
 # What is measured of a run, besides metrics.jsonl, by training and by the programs that read it.
 MEASURED = ("reconstructions", "tensorboard", "wandb", "wandb_id", "evaluation-*.json", "probe-*.json", "causes-*.json")
-
-
-class RunError(RuntimeError):
-    """What a user can put right, other than a configuration (`ConfigError`): a file, an environment, too little memory.
-
-    The message is one sentence that names it.
-    """
 
 
 def next_directory(root: Path = SAVED_RUNS) -> Path:

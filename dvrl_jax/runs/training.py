@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, envs, networks
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import checkpoints, compilation, loggers, process, reporting, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import reconstructions
@@ -55,7 +56,7 @@ def resolve_config(
     fields = config_lib.flatten(config)
     for field, value in wanted.items():
         if fields.get(field) != value and not config_lib.is_changeable(field):
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
             )
     in_file = config_lib.flatten(given) if given is not None else {}
@@ -233,20 +234,16 @@ class _Loop:
             self.last_update, self.last_steps = update, steps
         elif update - self.last_update >= MAX_UPDATES_WITHOUT_STEPS:
             name, count = self.config.env.name, update - self.last_update
-            raise run_directory.RunError(
-                f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)"
-            )
+            raise RunError(f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)")
 
     def _is_time_to_save(self, update: int) -> bool:
         every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes
         waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
         return waited_long or (every > 0 and update % every == 0)
 
-    def _too_many_skipped(self, state: a2c.TrainState) -> run_directory.RunError:
+    def _too_many_skipped(self, state: a2c.TrainState) -> RunError:
         why = reporting.why_stopped(state)
-        return run_directory.RunError(
-            f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}"
-        )
+        return RunError(f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}")
 
     def _save_reconstruction(self, state: a2c.TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
@@ -274,6 +271,6 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
         if config.log.wandb:
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
-        raise config_lib.ConfigError("--config: is needed to start a new run")
+        raise ConfigError("--config: is needed to start a new run")
     run = run_directory.RunDirectory(run_directory.next_directory() if workdir is None else workdir)
     return run, resolve_config(run, config, overrides, default)

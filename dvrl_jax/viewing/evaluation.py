@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import pictures, playing, recording
@@ -53,7 +54,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     """
     config = config_lib.of_run(path, default, {"env.first_core": -1})
     if config is None:
-        raise run_directory.RunError(f"{path}: holds no run (there is no config.json)")
+        raise RunError(f"{path}: holds no run (there is no config.json)")
     return config
 
 
@@ -75,7 +76,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
         try:
             weights = saver.restore_weights(step, params, batch_stats)
             break
-        except run_directory.RunError:
+        except RunError:
             if (path / "checkpoints" / str(step)).exists():
                 raise  # Else training has just replaced it by another one.
     agent = nnx.merge(graphdef, *weights)
@@ -107,7 +108,7 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
             over |= end
         if over.all():
             return Games(total, length)
-    raise run_directory.RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
+    raise RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
 
 
 def check_video(path: Path, default: ConfigDict, video: Path) -> None:

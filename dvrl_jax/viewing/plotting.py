@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config, run_directory
 
 UNITS = {
@@ -59,10 +60,10 @@ def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
         found = sorted(
             (p.name for p in root.glob("*") if run_directory.has_metrics(p)), key=lambda name: (len(name), name)
         )
-        raise run_directory.RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
+        raise RunError(f"{path}: not a run with metrics; {root} holds {', '.join(found) or 'none'}")
     for field in KINDS:
         if not isinstance(fields.get(field, ""), str):
-            raise run_directory.RunError(f"{path / 'config.json'}: {field} = {fields[field]!r}: must be a name")
+            raise RunError(f"{path / 'config.json'}: {field} = {fields[field]!r}: must be a name")
     return Run(path, dict(defaults) | fields, run_directory.read_metrics(path))
 
 
@@ -80,7 +81,7 @@ def check_metric(loaded: list[Run], name: str) -> None:
     """Raises RunError, listing what exists, if no run has logged a metric of that name."""
     known = {key for run in loaded for line in run.lines for key in line} - {"final"}
     if name not in known:
-        raise run_directory.RunError(f"{name}: no such metric; there are {', '.join(sorted(known)) or 'none yet'}")
+        raise RunError(f"{name}: no such metric; there are {', '.join(sorted(known)) or 'none yet'}")
 
 
 def _settings(run: Run) -> dict[str, str]:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from dvrl_jax import a2c, envs
 from dvrl_jax.agents import bind
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import compilation, run_directory
 from dvrl_jax.viewing import playing
 
@@ -97,10 +98,10 @@ def load(path: Path, update: int) -> dict[str, np.ndarray]:
         try:
             arrays[file.stem] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise run_directory.RunError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+            raise RunError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     for name in ("observation", "env_steps"):
         if name not in arrays:
-            raise run_directory.RunError(f"{folder}: has no {name}.npy")
+            raise RunError(f"{folder}: has no {name}.npy")
     return arrays
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from configs import default
+from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import run_directory, training
 
@@ -63,7 +64,7 @@ def check_sentence(error, fields):
 def test_any_values_are_settled_or_refused_by_name(fields):
     try:
         config = config_lib.finalise(config_lib.merge(default.get_config(), fields))
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
         check_sentence(error, fields)
         return
     stored = json.loads(config_lib.to_json(config))
@@ -145,7 +146,7 @@ def test_any_combination_of_valid_values_trains_or_is_refused(count, tmp_path_fa
     config = config_lib.merge(default.get_config(), fields | {"total_env_steps": 2 * per_update})
     try:
         run, config = training.prepare(workdir, config, {}, default.get_config())
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
         check_sentence(error, fields)
         count["refused"] += 1
         return

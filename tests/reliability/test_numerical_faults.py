@@ -10,6 +10,7 @@ import pytest
 from dvrl_jax import a2c, networks
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import run_directory
 from tests.tiny import tiny_config, tiny_hike, train
 
@@ -258,7 +259,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"loss.value_coef": 0.5', '"loss.value_coef": 1e+38'))
     overrides = {"total_env_steps": 4000, "max_skipped_updates": 7}
-    with pytest.raises(run_directory.RunError) as error:
+    with pytest.raises(RunError) as error:
         train(tmp_path, None, **overrides)
     message = str(error.value)
     assert "stopped at update 27 (540 steps), because in 7 updates in a row" in message and "\n" not in message
@@ -272,7 +273,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path):
 
 def test_weights_that_would_overflow_are_not_taken(tmp_path):
     with pytest.raises(
-        run_directory.RunError, match=r"in 5 updates in a row .* the new weights were not finite; .* there is no check"
+        RunError, match=r"in 5 updates in a row .* the new weights were not finite; .* there is no check"
     ):
         train(tmp_path, tiny_hike("rnn", optimizer__learning_rate=1e38, max_skipped_updates=5))
 

@@ -18,6 +18,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import a2c, envs
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory, training
 from dvrl_jax.viewing import evaluation
 from tests import tiny
@@ -159,23 +160,23 @@ def test_without_any_intact_checkpoint_nothing_is_touched(run, template):
         spoil(run / "checkpoints" / str(update) / "state" / "_METADATA", "truncated")
     before = content(run)
     for _ in range(2):
-        with pytest.raises(run_directory.RunError, match=r"no intact checkpoint .*60: .*40: .*20: .*another directory"):
+        with pytest.raises(RunError, match=r"no intact checkpoint .*60: .*40: .*20: .*another directory"):
             train(run, total_env_steps=2000)
     assert content(run) == before
     # Nor is training begun anew where all that is left was set aside.
     for update in UPDATES:
         (run / "checkpoints" / str(update)).rename(run / "checkpoints" / f"{update}.damaged")
-    with pytest.raises(run_directory.RunError, match=r"no intact checkpoint .*20\.damaged; 40\.damaged"):
+    with pytest.raises(RunError, match=r"no intact checkpoint .*20\.damaged; 40\.damaged"):
         restore(run, template)
 
 
 def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     spoil(run / "checkpoints" / "60" / "state" / "_METADATA", "noise")
     before = content(run)
-    with pytest.raises(run_directory.RunError, match=r"checkpoints/60: is damaged \(.*other checkpoints: 20, 40"):
+    with pytest.raises(RunError, match=r"checkpoints/60: is damaged \(.*other checkpoints: 20, 40"):
         evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
     spoil(run / "checkpoints" / "40" / "metrics" / "metrics", "noise")
-    with pytest.raises(run_directory.RunError, match=r"40/metrics/metrics: is damaged"):
+    with pytest.raises(RunError, match=r"40/metrics/metrics: is damaged"):
         evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="20", seed=0)
     assert content(run).keys() == before.keys()
 
@@ -213,7 +214,7 @@ def test_another_format_is_refused(run, template, version):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     before = content(run)
     expected = f"checkpoints/60: unknown checkpoint format {version!r}; .* reads 2 to {checkpoints.FORMAT}"
-    with pytest.raises(run_directory.RunError, match=expected):
+    with pytest.raises(RunError, match=expected):
         restore(run, template)
     assert content(run) == before
 
@@ -235,9 +236,7 @@ def test_a_checkpoint_of_another_network_is_refused(run, template):
     config = tiny.tiny_hike("rnn", model__h_dim=9)
     other = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
     before = content(run)
-    with pytest.raises(
-        run_directory.RunError, match=r"checkpoints/60: \S+ has shape \(.*\), this configuration needs \("
-    ):
+    with pytest.raises(RunError, match=r"checkpoints/60: \S+ has shape \(.*\), this configuration needs \("):
         restore(run, other)
     assert content(run) == before
 
@@ -272,7 +271,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(original, template, states, disk)
     with contextlib.closing(checkpoints.Checkpoints(run / "checkpoints", keep=1)) as saver:
         fill(disk[0] / "filler")
         state = states[60]._replace(update=states[60].update + 20)
-        with pytest.raises(run_directory.RunError) as error:
+        with pytest.raises(RunError) as error:
             saver.save(state, True, 0.0, {})
             saver.wait()
         assert "could not be written" in str(error.value) and "\n" not in str(error.value)
@@ -283,7 +282,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(original, template, states, disk)
         lambda: directory.rewind_metrics(60),
         lambda: directory.write_config("x" * 10_000),
     ):
-        with pytest.raises(run_directory.RunError, match=r"cannot be written \(No space left on device\)"):
+        with pytest.raises(RunError, match=r"cannot be written \(No space left on device\)"):
             write()
     directory.close()
     (disk[0] / "filler").unlink()
@@ -310,7 +309,7 @@ with contextlib.closing(checkpoints.Checkpoints(sys.argv[1], keep=1)) as saver:
     try:
         saver.save(state._replace(update=np.int32(2)), True, 0.0, {})
         saver.wait()
-    except run_directory.RunError as error:
+    except RunError as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 with contextlib.closing(checkpoints.Checkpoints(sys.argv[1], keep=1)) as saver:
@@ -332,16 +331,14 @@ def test_a_read_only_directory(original, disk):
     run, remount = shutil.copytree(original, disk[0] / "run"), disk[1]
     before = content(run)
     remount("ro")
-    with pytest.raises(run_directory.RunError, match=r"run: cannot write there \(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"run: cannot write there \(Read-only file system\)"):
         train(run, total_env_steps=2000)
-    with pytest.raises(run_directory.RunError, match=r"new: cannot write there \(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"new: cannot write there \(Read-only file system\)"):
         train(disk[0] / "new", total_env_steps=2000)
-    with pytest.raises(run_directory.RunError, match=r"saved_runs: cannot be written \(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"saved_runs: cannot be written \(Read-only file system\)"):
         run_directory.next_directory(disk[0] / "saved_runs")
     found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
-    with pytest.raises(
-        run_directory.RunError, match=r"evaluation-60-greedy-1games-seed0\.json: cannot be written \(Read-only file"
-    ):
+    with pytest.raises(RunError, match=r"evaluation-60-greedy-1games-seed0\.json: cannot be written \(Read-only file"):
         evaluation.store(run, found)
     remount("rw")
     assert content(run) == before
@@ -350,7 +347,7 @@ def test_a_read_only_directory(original, disk):
 def test_metrics_on_a_full_device(tmp_path):
     run = run_directory.RunDirectory(tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(run_directory.RunError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         run.append_metrics({"update": 1})
     run.close()
 
@@ -358,7 +355,7 @@ def test_metrics_on_a_full_device(tmp_path):
 def test_something_else_in_place_of_the_checkpoints(run):
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("not a directory")
-    with pytest.raises(run_directory.RunError, match="checkpoints: cannot be used as the directory of checkpoints"):
+    with pytest.raises(RunError, match="checkpoints: cannot be used as the directory of checkpoints"):
         train(run, total_env_steps=2000)
     assert (run / "checkpoints").read_text() == "not a directory"
 
@@ -383,10 +380,10 @@ NOT_A_CONFIGURATION = {
 def test_a_damaged_configuration_is_named_and_kept(run, name):
     (run / "config.json").write_bytes(NOT_A_CONFIGURATION[name])
     before = content(run)
-    with pytest.raises((run_directory.RunError, training.config_lib.ConfigError)) as error:
+    with pytest.raises((RunError, training.ConfigError)) as error:
         train(run, total_env_steps=2000)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises((run_directory.RunError, training.config_lib.ConfigError)) as error:
+    with pytest.raises((RunError, training.ConfigError)) as error:
         evaluation.read_run_config(run, default.get_config())
     assert "config.json" in str(error.value)
     assert content(run) == before
@@ -398,7 +395,7 @@ def test_a_damaged_line_of_metrics_is_named_and_kept(run, damage):
     lines[2] = damage
     (run / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     before = content(run)
-    with pytest.raises(run_directory.RunError, match=r"metrics\.jsonl: line 3 is damaged"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 3 is damaged"):
         train(run, total_env_steps=2000)
     assert content(run).keys() >= before.keys() and (run / "metrics.jsonl").read_bytes().splitlines() == lines
 

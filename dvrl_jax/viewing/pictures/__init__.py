@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dvrl_jax.envs import Environment
+from dvrl_jax.errors import RunError
 from dvrl_jax.runs import run_directory
-from dvrl_jax.runs.run_directory import RunError
 from dvrl_jax.viewing.pictures.frames import FramePainter
 from dvrl_jax.viewing.pictures.hike import HikePainter
 from dvrl_jax.viewing.recording import Recording
