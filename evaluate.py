@@ -39,7 +39,7 @@ def main() -> int:
     finally:  # The video need not be stored where the result is.
         if video:
             shown = (GREEDY.value, str(result["update"]), SEED.value)
-            evaluation.draw(path, default.get_config(), video, VIDEO_STEPS.value, *shown)
+            evaluation.write_video(path, default.get_config(), video, VIDEO_STEPS.value, *shown)
             print(video)
     return 0
 

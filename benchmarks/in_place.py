@@ -75,14 +75,14 @@ def our_gradient(golden: Golden, noise: dict[str, np.ndarray]) -> nnx.State:
     learner, state = golden.learner, golden.state()
     gradient = jax.jit(learner.gradient)
     prev_action = jnp.asarray(golden.data["prev_action"][0])
-    actor = state.actor._replace(fresh=jnp.zeros_like(state.actor.fresh), prev_action=prev_action)
-    _, outcome = gradient(state.params, state.batch_stats, actor, state.window, golden.draws(0))
+    actor = state.actor._replace(is_first=jnp.zeros_like(state.actor.is_first), prev_action=prev_action)
+    _, outcome = gradient(state.params, state.batch_stats, actor, state.window, 0, golden.draws(0))
     rollout = outcome.rollout
-    window = state.window.push(rollout.segment)
+    window = state.window.put(rollout.segment, 0)
     changed = {name: x + noise[name] if name in noise else x for name, x in golden.params("param/").items()}
     from_original(golden.agent, changed)
     params = nnx.state(golden.agent, nnx.Param)
-    return gradient(params, rollout.batch_stats, rollout.actor, window, golden.draws(1))[0]
+    return gradient(params, rollout.batch_stats, rollout.actor, window, 1, golden.draws(1))[0]
 
 
 def compare(path: Path) -> float:

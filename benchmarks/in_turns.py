@@ -1,6 +1,8 @@
-"""Speed of several configurations, alone or beside PyTorch: compiled side by side, then measured in turns.
+"""Speed of several configurations, alone or beside PyTorch or another checkout: compiled, then measured in turns.
 
     python -m benchmarks.in_turns --run=pong_rnn --run="mountain_hike_dvrl model.num_particles=30" --compare=torch
+
+    python -m benchmarks.in_turns --run=pong_rnn --beside=../another_checkout --repeats=7
 
 For machines that are at hand for minutes, such as a lent GPU: every configuration (and its PyTorch peer) gets a process
 that compiles once, while others do, and then waits. They are measured one at a time, each once per round, and what is
@@ -67,11 +69,13 @@ def parse(run: str):
 class Worker:
     """A process that compiles, says so, and then measures whenever it is asked to; its messages go to `log`."""
 
-    def __init__(self, kind: str, config, log: Path, **made: Any):
+    def __init__(self, kind: str, config, log: Path, checkout: Path | None = None, **made: Any):
         with log.open("w") as messages:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.in_turns"],
-                env=with_job(config, kind, made),
+                env=with_job(config, "ours" if kind == "beside" else kind, made)
+                | ({"PYTHONPATH": str(checkout.resolve())} if checkout else {}),
+                cwd=checkout,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,
@@ -131,12 +135,13 @@ def as_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
     rows = []
     for run, kinds in found.items():
-        ours, torch = kinds.get("ours", []), kinds.get("torch", [])
+        ours, other = kinds.get("ours", []), kinds.get("torch", []) or kinds.get("beside", [])
         median = lambda results, name: statistics.median(result[name] for result in results)
-        ratio = f"{median(torch, 'ms') / median(ours, 'ms'):.2f}" if ours and torch else "-"
+        ratio = f"{median(other, 'ms') / median(ours, 'ms'):.2f}" if ours and other else "-"
         numbers = [f"{median(ours, name):{form}}" if ours else "-" for name, form in COLUMNS.values()]
-        rows.append([run, milliseconds(ours), milliseconds(torch), ratio, *numbers])
-    return markdown.table(["run", "ours, ms per update", "PyTorch, ms per update", "ratio", *COLUMNS], rows)
+        rows.append([run, milliseconds(ours), milliseconds(other), ratio, *numbers])
+    peer = "other checkout" if any("beside" in kinds for kinds in found.values()) else "PyTorch"
+    return markdown.table(["run", "ours, ms per update", f"{peer}, ms per update", "ratio", *COLUMNS], rows)
 
 
 def make_places(out: Path) -> tuple[Path, Path]:
@@ -167,7 +172,10 @@ def main() -> int:
     out, logs = make_places(Path(FLAGS.out))
     peers = {FLAGS.compare: {"on_gpu": process.may_use_gpu()}} if FLAGS.compare else {}
     workers: dict[tuple[str, str], Worker] = {}
-    kinds = {"ours": {"train_first": FLAGS.train_first}} | peers
+    first = {"train_first": FLAGS.train_first}
+    if FLAGS.beside:
+        peers = {"beside": {**first, "checkout": Path(FLAGS.beside)}}
+    kinds = {"ours": first} | peers
     wanted = [(run, kind) for run in configs for kind in kinds]
     pool = futures.ThreadPoolExecutor(FLAGS.side_by_side or max(1, len(os.sched_getaffinity(0)) // 2))
 
@@ -206,6 +214,7 @@ if __name__ == "__main__":
     else:
         flags.DEFINE_multi_string("run", [], "A configuration and fields, such as 'pong_dvrl num_envs=128'.")
         flags.DEFINE_enum("compare", None, ["torch"], "Measure the PyTorch peer besides.")
+        flags.DEFINE_string("beside", None, "Measure another checkout of this repository besides.")
         flags.DEFINE_integer("repeats", 3, "How many rounds there are.", lower_bound=1)
         flags.DEFINE_float("seconds", 3.0, "Each measurement takes at least this long.", lower_bound=0.0)
         flags.DEFINE_float(

@@ -174,8 +174,8 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
 
     def newest(state, i):
         draws = learner.draw(jax.random.fold_in(state.key, i))
-        window = state.window._replace(length=jnp.int32(0))
-        grads, outcome = learner.gradient(state.params, state.batch_stats, state.actor, window, draws)
+        place = jnp.int32(0)
+        grads, outcome = learner.gradient(state.params, state.batch_stats, state.actor, state.window, place, draws)
         tiny = jax.tree.map(lambda p, g: p + 1e-12 * g, state.params, grads)
         return state._replace(actor=outcome.rollout.actor, params=tiny)
 
@@ -268,8 +268,13 @@ class Torch:
 
 
 def with_job(config, kind: str, made: dict[str, Any], **more: Any) -> dict[str, str]:
-    """The environment of a process that is to measure "ours" or "torch": the job goes there as JSON (see `ready`)."""
-    job = {"fields": config_lib.flatten(config), "kind": kind, "made": made} | more
+    """The environment of a process that is to measure "ours" or "torch": the job goes there as JSON (see `ready`).
+
+    Of the configuration only what differs from the defaults, since another checkout may not know every field.
+    """
+    defaults = config_lib.flatten(default.get_config())
+    fields = {name: x for name, x in config_lib.flatten(config).items() if name not in defaults or defaults[name] != x}
+    job = {"fields": fields, "kind": kind, "made": made} | more
     return os.environ | {JOB: json.dumps(job)}
 
 

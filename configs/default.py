@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.gamma = 0.99  # Discount per environment step.
     c.loss.reward_scale = 1.0  # Rewards are multiplied by this before anything is learned from them.
+    c.loss.bootstrap_truncated = False  # Whether a time limit's last value stands in the return (docs/method.md).
     c.loss.value_coef = 0.5  # Weight of the value loss.
     c.loss.action_coef = 1.0  # Weight of the policy gradient loss.
     c.loss.entropy_coef = 0.01  # Weight of the entropy bonus.

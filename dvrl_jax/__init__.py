@@ -39,7 +39,7 @@ _HOMES = {
     "make_env": "api",
     "make_train": "api",
     "painter_for": "viewing.pictures",
-    "play": "viewing.evaluation",
+    "play_games": "viewing.evaluation",
     "record": "viewing.recording",
     "trained_agent": "api",
     "watch": "viewing.playing",

@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import a2c, acting, envs
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import Environment
 from dvrl_jax.errors import ConfigError, RunError
@@ -118,7 +118,7 @@ def make_env(
 
 def make_agent(config: ConfigDict, env: Environment, seed: int = 0) -> Agent:
     """The agent of a configuration with fresh weights."""
-    return a2c.make_agent(config, env, jax.random.PRNGKey(seed))
+    return acting.make_agent(config, env, jax.random.PRNGKey(seed))
 
 
 def make_train(config: ConfigDict, env: Environment) -> Train:

@@ -1,12 +1,11 @@
 """Truncated backpropagation through time: the window of past segments, and the way back through it.
 
 A *segment* is `num_steps` environment steps followed by one update of the weights. A *window* is `bptt_segments`
-segments. The i-th update of a window sends its gradient back through its own segment and then through the i earlier
-segments of the window, under the current weights. The recurrent state is detached where a window starts.
+segments. Update i of a window sends its gradient back through its own segment and then through the i earlier segments
+of the window, under the current weights. The recurrent state is detached where a window starts.
 
-What crosses segments is the recurrent state h alone. So the gradient goes back in time through the recurrence of one
-segment after the other, and last, for all of them, through the encoder, where no step depends on another. `Replay`
-takes a segment's steps again for that, with what their layers computed when they were acted (see `tape.py`).
+What crosses segments is the belief's carry alone. So the gradient goes back in time through the recurrence of one
+segment after the other, and last, for all of them, through the encoder, where no step depends on another.
 """
 
 import dataclasses
@@ -17,57 +16,45 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax.agents import Agent, Inputs
-from dvrl_jax.fast import lineages
-from dvrl_jax.fast.distinct import Distinct
-from dvrl_jax.tape import Player, RowPlayer
+from dvrl_jax import choices
+from dvrl_jax.agents import Agent, Inputs, Timestep
+from dvrl_jax.notes import Notes, replayed
 
 Array = jax.Array
 
-# Loops over the steps of a segment are unrolled up to this length. What a step leaves for learning then stays where it
-# was computed, instead of being copied into arrays over all steps and back.
-MOST_UNROLLED = 8
 
+class RecurrenceNotes(NamedTuple):
+    """What encoder and recurrence noted in T steps, by the agent's verbs; arrays [T, ...]."""
 
-def over_steps(step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan` over the steps of a segment: step(carry, x) -> (carry, y), xs [T, ...]; returns (carry, ys)."""
-    return jax.lax.scan(step, init, xs, unroll=min(len(jax.tree.leaves(xs)[0]), MOST_UNROLLED))
-
-
-class Notes(NamedTuple):
-    """What the layers computed in T steps, by tape (see `agents.Tapes`): tuples of arrays [T, ...]."""
-
-    see: tuple
-    add_action: tuple
-    transition: tuple
-    weigh: tuple
-    summarise: tuple
+    encode_observation: Notes
+    add_context: Notes
+    advance: Notes
 
 
 class Segment(NamedTuple):
-    """What unrolling a segment's recurrence again takes.
+    """What taking a segment's recurrence again needs.
 
     Attributes:
-        h: [T, B, ...] recurrent state before each step.
-        obs: [T, B, ...]. blank: [T, B], which are all zeros. prev_action: [T, B, A]. fresh: [T, B]. trace: pytree of
-        [T, B, ...].
-        notes: what encoder and recurrence computed; the others are empty.
+        carry: pytree of [B, ...], before the first step. timesteps: [T, B, ...].
+        trace: pytree of [T, B, ...]. notes: of T steps.
     """
 
-    h: Array
-    obs: Array
-    blank: Array
-    prev_action: Array
-    fresh: Array
+    carry: Any
+    timesteps: Timestep
     trace: Any
-    notes: Notes
+    notes: RecurrenceNotes
 
 
 class Window(NamedTuple):
-    """The segments of the window, on a leading axis of `capacity`; the first `length` are filled."""
+    """The segments of a window.
+
+    Attributes:
+        segments: on a leading axis of `capacity`. Those before the newest one's place are filled.
+        first: [] int32, gradients reach back to this one: past a segment whose update was skipped none may go.
+    """
 
     segments: Segment
-    length: Array
+    first: Array
 
     @classmethod
     def empty(cls, segment: Segment, capacity: int) -> "Window":
@@ -77,136 +64,129 @@ class Window(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        return self.segments.fresh.shape[0]
+        return self.segments.timesteps.is_first.shape[0]
 
-    def put(self, segment: Segment) -> "Window":
-        """With a segment behind those that it is filled with, not yet counted."""
-        write = lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, self.length, 0)
-        return self._replace(segments=jax.tree.map(write, self.segments, segment))
+    def put(self, segment: Segment, place: Array) -> "Window":
+        """With a segment in that place, behind the earlier ones. In place 0 a new window begins."""
+        write = lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, place, 0)
+        first = jnp.where(place == 0, 0, self.first)
+        return Window(jax.tree.map(write, self.segments, segment), first)
 
-    def counted(self) -> "Window":
-        """With the segment that was `put` there counted; the last one of a window empties it, and the next begins."""
-        return self._replace(length=jnp.where(self.length + 1 == self.capacity, 0, self.length + 1))
-
-    def push(self, segment: Segment) -> "Window":
-        """With one more segment."""
-        return self.put(segment).counted()
+    def cut(self, place: Array, where: Array) -> "Window":
+        """Where the condition [] holds, later gradients reach back to the segment after `place`, and not past it."""
+        return self._replace(first=jnp.where(where, place + 1, self.first))
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay:
-    """The steps of segments once more, as functions of the weights of now.
+class Backpropagation:
+    """The way back through a window.
 
     Attributes:
-        agent_of: the agent with these weights, to be asked for inside each transformation (see `agents.bind`).
-        by_lineages: go back through the particles with descendants alone (see `lineages.py`).
+        agent_of: the agent with given weights, to be asked for inside each transformation (see `agents.bind`).
+        past: which activations earlier segments have: "as_acted", those of the time when they were acted, as the method
+            is; or "recomputed", those under the weights of now, from the carry at the segment's start.
+        through_recurrence, through_encoder: other ways to compute what the functions of those names below do.
     """
 
     agent_of: Callable[[nnx.State], Agent]
-    by_lineages: bool
+    past: str = "as_acted"
+    through_recurrence: "Callable[..., tuple[nnx.State, Any, Any]] | None" = None
+    through_encoder: "Callable[..., nnx.State] | None" = None
 
-    def see(self, params: nnx.State, segment: Segment) -> Any:
-        """What was seen in a segment's steps: a pytree of [T, B, ...], see `Agent.see`."""
-        return self.agent_of(params).see(segment.obs, Player(segment.notes.see, steps=1))
+    def encode(self, params: nnx.State, segment: Segment) -> Any:
+        """What was seen in a segment's steps: a pytree of [T, B, ...], see `Agent.encode_observation`."""
+        encode = self.agent_of(params).encode_observation
+        return self._again(encode, segment.notes.encode_observation)(segment.timesteps.obs)
 
-    def add_action(self, params: nnx.State, seen: Any, segment: Segment) -> Inputs:
+    def add_context(self, params: nnx.State, seen: Any, segment: Segment) -> Inputs:
         """The inputs of a segment's steps, from what was `seen` in them."""
-        tape = Player(segment.notes.add_action, steps=1)
-        return self.agent_of(params).add_action(seen, segment.prev_action, tape)
+        add = self.agent_of(params).add_context
+        return self._again(add, segment.notes.add_context)(seen, segment.timesteps)
 
-    def recur(self, params: nnx.State, h: Array, seen: Any, segment: Segment) -> tuple[Inputs, Any]:
-        """The recurrence of a segment, from recurrent state h [B, ...] and what was `seen`.
+    def recur(self, params: nnx.State, carry: Any, seen: Any, segment: Segment) -> tuple[Any, Inputs, Any]:
+        """The recurrence of a segment, from a carry [B, ...] and what was `seen`.
 
-        Returns the inputs and the steps of the recurrence, each with leading axis T.
+        Returns the last carry, the inputs and the steps of the recurrence, the latter two with leading axis T.
         """
 
-        def transition(h, x):
-            fresh, inputs, trace, notes = x
+        def advance(carry, x):
+            is_first, inputs, trace, notes = x
             agent = self.agent_of(params)
-            step = agent.transition(agent.restart(h, fresh), inputs, trace, Player(notes))
-            return step.h, step
+            carry = agent.restart_carry(carry, is_first)
+            again = agent.advance if self.past == "recomputed" else replayed(agent.advance, notes)
+            step = again(carry, inputs, trace)
+            return step.carry, step
 
-        inputs = self.add_action(params, seen, segment)
-        xs = (segment.fresh, inputs, segment.trace, segment.notes.transition)
-        _, steps = over_steps(transition, h, xs)
-        return inputs, steps
+        inputs = self.add_context(params, seen, segment)
+        xs = (segment.timesteps.is_first, inputs, segment.trace, segment.notes.advance)
+        carry, steps = choices.current().over_steps(advance, carry, xs)
+        return carry, inputs, steps
 
-    def go_back(self, params: nnx.State, window: Window, grads: nnx.State, h_grad: Array, seen_grad: Any) -> nnx.State:
+    def through_window(
+        self, params: nnx.State, window: Window, place: Array, grads: nnx.State, carry_grad: Any, seen_grad: Any
+    ) -> nnx.State:
         """The gradient of the newest segment's loss through the whole window.
 
         Args:
-            params: the weights of now. window: with the newest segment in place `length`, behind the earlier ones.
-            grads, h_grad, seen_grad: the loss's gradients for the weights, for the recurrent state before the newest
-            segment [B, ...] and for what was seen in it.
+            params: the weights of now. window: with the newest segment in `place`, behind the earlier ones.
+            grads, carry_grad, seen_grad: the loss's gradients for the weights, for the carry before the newest segment
+            [B, ...] and for what was seen in it.
         Returns:
             the gradient for the weights: `grads` and what comes to them through all segments.
         """
-        newest, segments = window.length, window.segments
-        seen_grads = jax.tree.map(
-            lambda g: jnp.zeros((window.capacity, *g.shape), g.dtype).at[newest].set(g), seen_grad
-        )
+        through_recurrence = self.through_recurrence or _through_recurrence
+        through_encoder = self.through_encoder or _through_encoder
+        write = lambda all, g, place: jax.lax.dynamic_update_index_in_dim(all, g, place, 0)
+        empty = jax.tree.map(lambda g: jnp.zeros((window.capacity, *g.shape), g.dtype), seen_grad)
+        seen_grads = jax.tree.map(lambda all, g: write(all, g, place), empty, seen_grad)
 
         def through_earlier(i, carry):
-            grads, h_grad, seen_grads = carry
-            place = newest - 1 - i
-            through = self._along_lineages if self.by_lineages else self._through_recurrence
-            grads, h_grad, seen_grad = through(params, segments, place, grads, h_grad)
-            return grads, h_grad, jax.tree.map(lambda all, g: all.at[place].set(g), seen_grads, seen_grad)
+            grads, carry_grad, seen_grads = carry
+            earlier = place - 1 - i
+            more, carry_grad, seen_grad = through_recurrence(self, params, window.segments, earlier, grads, carry_grad)
+            # What a segment of a skipped update left may be NaN, which a gradient of 0 would not remove.
+            reached = earlier >= window.first
+            only = lambda tree: jax.tree.map(lambda g: jnp.where(reached, g, 0.0), tree)
+            grads = jax.tree.map(lambda new, old: jnp.where(reached, new, old), more, grads)
+            seen_grads = jax.tree.map(lambda all, g: write(all, g, earlier), seen_grads, only(seen_grad))
+            return grads, only(carry_grad), seen_grads
 
         if window.capacity > 1:
-            grads, _, seen_grads = jax.lax.fori_loop(0, newest, through_earlier, (grads, h_grad, seen_grads))
-        return self._through_encoder(params, segments, newest + 1, grads, seen_grads)
+            grads, _, seen_grads = jax.lax.fori_loop(0, place, through_earlier, (grads, carry_grad, seen_grads))
+        return through_encoder(self, params, window, place, grads, seen_grads)
 
-    def _through_recurrence(self, params, segments: Segment, place: Array, grads, h_grad: Array):
-        """The gradient through the recurrence of the segment in that `place`, from that of its last h.
+    def _again(self, verb: Callable, notes: Notes) -> Callable:
+        """A verb for several steps [T, B, ...] at once, as `past` says."""
+        return jax.vmap(verb) if self.past == "recomputed" else replayed(verb, notes)
 
-        Returns `grads` with what comes to the weights, and the gradients of the first h and of what was seen.
-        """
-        segment = jax.tree.map(lambda x: x[place], segments)
-        last_h = lambda *inputs: self.recur(*inputs, segment)[1].h[-1]
-        _, vjp = jax.vjp(last_h, params, segment.h[0], self.see(params, segment))
-        more, h_grad, seen_grad = vjp(h_grad)
-        return jax.tree.map(jnp.add, grads, more), h_grad, seen_grad
 
-    def _along_lineages(self, params, segments: Segment, place: Array, grads, h_grad: Array):
-        """The same, but step by step, and through the particles that have descendants only."""
-        segment = jax.tree.map(lambda x: x[place], segments)
-        moves = lineages.Moves(segments.h, segments.fresh, segments.trace, segments.notes.transition)
+def at(segments: Segment, place: Array) -> Segment:
+    """One segment of several."""
+    return jax.tree.map(lambda x: x[place], segments)
 
-        def advance(params, h, inputs, fresh, trace, notes):
-            agent = self.agent_of(params)
-            return agent.advance(agent.restart(h, fresh), inputs, trace, Player(notes)).h
 
-        def step_back(carry, x):
-            back = lineages.go_back(advance, params, moves, (place, x[0]), x[1], *carry)
-            return (back.weights, back.h), back.inputs
+def _through_recurrence(
+    way: Backpropagation, params: nnx.State, segments: Segment, place: Array, grads: nnx.State, carry_grad: Any
+) -> tuple[nnx.State, Any, Any]:
+    """The gradient through the recurrence of the segment in that `place`, from that of its last carry.
 
-        seen = self.see(params, segment)
-        inputs, add_action_vjp = jax.vjp(lambda *changing: self.add_action(*changing, segment), params, seen)
-        xs = (jnp.arange(segment.fresh.shape[0]), inputs)
-        (grads, h_grad), inputs_grad = jax.lax.scan(step_back, (grads, h_grad), xs, reverse=True)
-        more, seen_grad = add_action_vjp(inputs_grad)
-        return jax.tree.map(jnp.add, grads, more), h_grad, seen_grad
+    Returns `grads` with what comes to the weights, and the gradients of the first carry and of what was seen.
+    """
+    segment = at(segments, place)
+    last_carry = lambda *inputs: way.recur(*inputs, segment)[0]
+    _, vjp = jax.vjp(last_carry, params, segment.carry, way.encode(params, segment))
+    more, carry_grad, seen_grad = vjp(carry_grad)
+    return jax.tree.map(jnp.add, grads, more), carry_grad, seen_grad
 
-    def _through_encoder(self, params, segments: Segment, length: Array, grads, seen_grads: Any) -> nnx.State:
-        """Adds to `grads` of the weights what comes through what was seen in the first `length` segments.
 
-        `seen_grads`, the loss's gradients for that, go back through the encoder as often as it takes: with as many
-        images at once as a segment has, but no image twice (see `distinct.py`).
-        """
-        capacity, num_steps, num_envs = segments.blank.shape
-        by_step = lambda x: x.reshape(capacity * num_steps, *x.shape[2:])
-        obs, notes = jax.tree.map(by_step, (segments.obs, segments.notes.see))
-        distinct = Distinct.of(by_step(segments.blank))
-        merged = jax.tree.map(lambda g: distinct.merged(by_step(g)), seen_grads)
-        last = length * num_steps
+def _through_encoder(
+    way: Backpropagation, params: nnx.State, window: Window, place: Array, grads: nnx.State, seen_grads: Any
+) -> nnx.State:
+    """Adds to `grads` of the weights what comes through what was seen in the segments up to `place`."""
 
-        def look(carry):
-            step, grads = carry
-            rows, step = distinct.rows(step, last, room=num_envs * num_steps)
-            images = rows.of_images(obs.reshape(-1, *obs.shape[2:]))
-            grad = jax.tree.map(lambda g: jnp.where(rows.used[:, None], rows.of_images(g), 0.0), merged)
-            _, vjp = jax.vjp(lambda p: self.agent_of(p).see(images, RowPlayer(notes, rows)), params)
-            return step, jax.tree.map(jnp.add, grads, vjp(grad)[0])
+    def through(i, grads):
+        _, vjp = jax.vjp(lambda p: way.encode(p, at(window.segments, i)), params)
+        (more,) = vjp(at(seen_grads, i))
+        return jax.tree.map(lambda old, new: jnp.where(i >= window.first, old + new, old), grads, more)
 
-        return jax.lax.while_loop(lambda carry: carry[0] < last, look, (jnp.int32(0), grads))[1]
+    return jax.lax.fori_loop(0, place + 1, through, grads)

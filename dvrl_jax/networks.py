@@ -1,7 +1,8 @@
 """Layers and networks of both agents: what is learned, and nothing about how it is used.
 
 Everything here is a Flax NNX module with float32 parameters, PyTorch's GRU and batch-norm conventions and the
-original's initialisation. Images are NHWC; how their convolutions are computed is told in `convolutions.py`.
+original's initialisation. Images are NHWC; how their convolutions are computed is told in `convolutions.py`. Layers
+take notes of their costly products (see `notes.py`).
 """
 
 import itertools
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, matmul, space_to_depth
-from dvrl_jax.tape import NO_TAPE, SIGMOID, SOFTPLUS, TANH, Tape
+from dvrl_jax import notes
+from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, space_to_depth
+from dvrl_jax.notes import SIGMOID, SOFTPLUS, TANH
+from dvrl_jax.products import matmul
 
 RELU_GAIN = math.sqrt(2.0)
 BATCH_NORM_EPSILON = 1e-5
@@ -26,6 +29,23 @@ Array = jax.Array
 def orthogonal(key: Array, rows: int, columns: int, gain: float) -> Array:
     """Draws a matrix [rows, columns] with orthonormal rows or columns (whichever are fewer), times `gain`."""
     return jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
+
+
+class Layer(nnx.Module):
+    """A layer that takes notes, under the `path` at which it is found in its agent (see `name_layers`)."""
+
+    path = ""
+
+    def named(self, name: str = "") -> str:
+        """The name of one of its notes."""
+        return ".".join(part for part in (self.path, name) if part)
+
+
+def name_layers(module: nnx.Module) -> None:
+    """Tells each layer inside a module where it is, such as "encoder.activations.0"."""
+    for path, layer in nnx.iter_modules(module):
+        if isinstance(layer, Layer):
+            layer.path = ".".join(map(str, path))
 
 
 class Linear(nnx.Module):
@@ -57,7 +77,7 @@ def _row_blocks(kernel: Array, inputs: Mapping[str, int]) -> dict[str, nnx.Param
     return blocks
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Layer):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy, 2015).
 
     While learning and acting it uses the batch's own mean and biased variance, and moves the running averages by
@@ -65,26 +85,28 @@ class BatchNorm(nnx.Module):
     averages instead: for evaluation with few environments.
     """
 
+    use_running_average = False
+
     def __init__(self, features: int):
         self.scale = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
 
-    def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
-        """Normalises x [..., C]; of several steps [T, ..., C] (see `Tape.steps`), each by itself."""
-        if use_running_average:
-            return _scaled(x, self.scale[...], self.bias[...], self.mean[...], self.var[...])
-        axes = tuple(range(tape.steps, x.ndim - 1))
-        count = math.prod(x.shape[tape.steps : -1])
-        mean = tape.then(jnp.mean(x, axes))
-        var = tape.then(jnp.mean(jnp.square(x - _spread(mean, x)), axes))
-        if not tape.steps:
-            self._move_averages(mean, var * (count / max(count - 1, 1)))
+    def __call__(self, x: Array) -> Array:
+        """Normalises x [..., C]; in a replay of several steps [T, ..., C], each by its own noted statistics."""
         scale, bias = self.scale[...], self.bias[...]
-        # Too large to note, and cheap: the value of the time of acting is computed again.
-        shares = None if tape.rows is None else tape.rows.shares
-        return normalise(x, scale, bias, mean, var, tape.then(scale), tape.then(bias), shares)
+        if self.use_running_average:
+            return _scaled(x, scale, bias, self.mean[...], self.var[...])
+        axes, count = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
+        keep = lambda name, compute: notes.note_statistic(compute, self.named(name))
+        mean = keep("mean", lambda: jnp.mean(x, axes))
+        var = keep("var", lambda: jnp.mean(jnp.square(x - mean), axes))
+        if not notes.is_replay():
+            self._move_averages(mean, var * (count / max(count - 1, 1)))
+        # The output is too large to note, and cheap: it is computed again, with scale and bias of the time of acting.
+        old_scale, old_bias = keep("scale", lambda: scale), keep("bias", lambda: bias)
+        return normalise(x, scale, bias, mean, var, old_scale, old_bias, notes.batch_means())
 
     def _move_averages(self, mean: Array, var: Array) -> None:
         for average, new in ((self.mean, mean), (self.var, var)):
@@ -111,7 +133,7 @@ def normalise(
     var: Array,
     old_scale: Array,
     old_bias: Array,
-    shares: Array | None = None,
+    batch_means: Array | None = None,
 ) -> Array:
     """Batch normalisation of x [..., C] by its own mean and variance [C], or of each step by its own, [T, C].
 
@@ -119,23 +141,25 @@ def normalise(
     [C] in place of the old ones and, through mean and variance, for x. By itself JAX would go over x for it about seven
     times instead of four.
 
-    With `shares` [T, T] (see `distinct.Rows`), the T steps are images, several of which were normalised as one batch.
+    With `batch_means` [T, T], the T steps are rows, several of which were normalised as one batch (see
+    `notes.batch_means`).
     """
-    del scale, bias, shares
+    del scale, bias, batch_means
     return _scaled(x, old_scale, old_bias, mean, var)
 
 
-def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias, shares):
-    return normalise(x, scale, bias, mean, var, old_scale, old_bias, shares), (x, scale, mean, var, shares)
+def _normalise_fwd(x, scale, bias, mean, var, old_scale, old_bias, batch_means):
+    return normalise(x, scale, bias, mean, var, old_scale, old_bias, batch_means), (x, scale, mean, var, batch_means)
 
 
 def _normalise_bwd(residuals, grad: Array):
     """Of y = scale * n + bias with n = rate * (x - mean): dx = scale * rate * (dy - mean(dy) - n * mean(dy * n))."""
-    x, scale, mean, var, shares = residuals
+    x, scale, mean, var, batch_means = residuals
     axes = tuple(range(mean.ndim - 1, x.ndim - 1))
     count = math.prod(x.shape[axis] for axis in axes)
     # Means, not a layer: on a GPU, products would be of fewer bits (TF32).
-    mean_of = lambda total: (total if shares is None else jnp.matmul(shares, total, precision="highest")) / count
+    in_batch = lambda total: total if batch_means is None else jnp.matmul(batch_means, total, precision="highest")
+    mean_of = lambda total: in_batch(total) / count
     rate = jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
     centred = x - _spread(mean, x)
     bias_grad = jnp.sum(grad, axes)
@@ -149,32 +173,31 @@ def _normalise_bwd(residuals, grad: Array):
 normalise.defvjp(_normalise_fwd, _normalise_bwd)
 
 
-class Activation(nnx.Module):
-    """ReLU, preceded by batch normalisation if `batch_norm`; `tape` (see `tape.py`) gets the layer's product."""
+class Activation(Layer):
+    """ReLU, preceded by batch normalisation if `batch_norm`, of a layer's product, of which it takes a note."""
 
     def __init__(self, features: int, batch_norm: bool):
         self.norm = BatchNorm(features) if batch_norm else None
 
-    def __call__(self, x: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
-        x = tape(x)
-        if self.norm is not None:
-            x = self.norm(x, use_running_average, tape)
-        return jax.nn.relu(x)
+    def __call__(self, x: Array) -> Array:
+        x = notes.note(x, self.named())
+        return jax.nn.relu(x if self.norm is None else self.norm(x))
 
 
-class Normal(nnx.Module):
+class Normal(Layer):
     """Two linear maps of one input: the mean and, through a softplus, the **variance** of a diagonal normal."""
 
     def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
         self.mean = Linear({"x": inputs}, features, rngs=rngs)
         self.var = Linear({"x": inputs}, features, rngs=rngs)
 
-    def __call__(self, x: Array, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
+    def __call__(self, x: Array) -> tuple[Array, Array]:
         """Maps x [..., inputs] to (mean, variance), each [..., features]."""
-        return tape(self.mean(x=x)), tape.bend(self.var(x=x), SOFTPLUS) + VARIANCE_FLOOR
+        mean = notes.note(self.mean(x=x), self.named("mean"))
+        return mean, notes.note_activation(self.var(x=x), SOFTPLUS, self.named("var")) + VARIANCE_FLOOR
 
 
-class GRUCell(nnx.Module):
+class GRUCell(Layer):
     """Gated recurrent unit with PyTorch's gates: r, z, n in this order, and both bias vectors.
 
         r = s(W_ir x + b_ir + W_hr h + b_hr)      z = s(W_iz x + b_iz + W_hz h + b_hz)
@@ -203,13 +226,13 @@ class GRUCell(nnx.Module):
         """Returns the input's part of the gates, `sum_i x_i W_i` [..., 3H], without the bias."""
         return sum(matmul(x, self.kernel_i[name][...]) for name, x in inputs.items())
 
-    def __call__(self, h: Array, product: Array, tape: Tape = NO_TAPE) -> Array:
+    def __call__(self, h: Array, product: Array) -> Array:
         """Returns the next h [..., H] from h [..., H] and the input's `product` [..., 3H]."""
         r_i, z_i, n_i = jnp.split(product + self.bias_i[...], 3, axis=-1)
         r_h, z_h, n_h = jnp.split(matmul(h, self.kernel_h[...]) + self.bias_h[...], 3, axis=-1)
-        r = tape.bend(r_i + r_h, SIGMOID)
-        z = tape.bend(z_i + z_h, SIGMOID)
-        n = tape.bend(n_i + r * tape(n_h), TANH)
+        r = notes.note_activation(r_i + r_h, SIGMOID, self.named("r"))
+        z = notes.note_activation(z_i + z_h, SIGMOID, self.named("z"))
+        n = notes.note_activation(n_i + r * notes.note(n_h, self.named("n_h")), TANH, self.named("n"))
         return n + z * (h - n)
 
 
@@ -303,15 +326,15 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.activations = nnx.List([Activation(size, batch_norm) for size in channels])
 
-    def __call__(self, obs: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
+    def __call__(self, obs: Array) -> Array:
         """Encodes obs [..., H, W, C] or [..., D] as phi_o [..., F]."""
         x = obs
         for layer, activation in zip(self.layers, self.activations, strict=True):
-            x = activation(layer(x) if self.is_image else layer(x=x), use_running_average, tape)
+            x = activation(layer(x) if self.is_image else layer(x=x))
         return x.reshape(*obs.shape[: -3 if self.is_image else -1], -1)
 
 
-class ImageDecoder(nnx.Module):
+class ImageDecoder(Layer):
     """Three transposed convolutions mirroring the encoder; BN? and ReLU between them, nothing after the last.
 
     The logits it returns stay in the block order of the last layer: nobody but a viewer needs the pixels in order.
@@ -325,13 +348,13 @@ class ImageDecoder(nnx.Module):
         self.layers = nnx.List([ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)])
         self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
 
-    def __call__(self, features: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> Array:
+    def __call__(self, features: Array) -> Array:
         """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on."""
         x = self.layers[0].blocks(features.reshape(-1, *self.input_shape))
         for i, activation in enumerate(self.activations):
-            x = activation(self.layers[i].unblock(x), use_running_average, tape)
+            x = activation(self.layers[i].unblock(x))
             x = self.layers[i + 1].blocks(x)
-        return tape(x)
+        return notes.note(x, self.named("logits"))
 
     def to_blocks(self, images: Array) -> tuple[Array, Array | None]:
         """Puts images [N, H, W, C] in the order of the logits; the second value masks the border (None without one)."""
@@ -356,9 +379,9 @@ class VectorDecoder(nnx.Module):
         self.activation = Activation(channels[0], batch_norm)
         self.head = Normal(channels[0], obs_shape[0], rngs=rngs)
 
-    def __call__(self, features: Array, use_running_average: bool = False, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
+    def __call__(self, features: Array) -> tuple[Array, Array]:
         """Decodes features [N, F] into (mean, variance), each [N, D]."""
-        return self.head(self.activation(self.hidden(x=features), use_running_average, tape), tape)
+        return self.head(self.activation(self.hidden(x=features)))
 
 
 def make_decoder(obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):

@@ -52,9 +52,9 @@ class EpisodeStatistics(NamedTuple):
 
         def step(running, x):
             clipped, length, true = running
-            clipped = clipped + jnp.where(x.transition, x.reward, 0.0)
-            true = true + jnp.where(x.transition, x.true_reward, 0.0)
-            length = length + x.transition
+            clipped = clipped + jnp.where(x.valid, x.reward, 0.0)
+            true = true + jnp.where(x.valid, x.true_reward, 0.0)
+            length = length + x.valid
             outputs = (clipped, length, true)
             clipped, length = (jnp.where(x.done, 0.0, y) for y in (clipped, length))
             return (clipped, length, jnp.where(x.game_over, 0.0, true)), outputs

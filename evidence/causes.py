@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from configs import default
 from dvrl_jax import a2c, envs
 from dvrl_jax import particle_filter as pf
+from dvrl_jax.acting import Actor
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, markdown, process
@@ -36,7 +37,7 @@ SATURATED = 0.99  # A unit beyond this counts as saturated; its range is from -1
 REDRAWS = 32  # How often the latest belief update is repeated with other draws.
 
 
-def gradients_by_loss(config, env, params, batch_stats, actor, window, draws) -> tuple[dict, a2c.Outcome]:
+def gradients_by_loss(config, env, params, batch_stats, actor, window, place, draws) -> tuple[dict, a2c.Outcome]:
     """The gradient of one update and each loss's share of it.
 
     Returns ({loss: gradient}, what happened); the gradients' sum is the gradient that training takes.
@@ -45,7 +46,7 @@ def gradients_by_loss(config, env, params, batch_stats, actor, window, draws) ->
     def gradient(coefs: Array) -> tuple[nnx.State, a2c.Outcome]:
         loss = types.SimpleNamespace(**config.loss.to_dict() | dict(zip(LOSSES, coefs, strict=True)))
         varied = types.SimpleNamespace(**dict(config.items()) | {"loss": loss})
-        return a2c.make_learner(varied, env).gradient(params, batch_stats, actor, window, draws)
+        return a2c.make_learner(varied, env).gradient(params, batch_stats, actor, window, place, draws)
 
     rows = np.diag([float(config.loss[name]) for name in LOSSES]).astype(np.float32)
     grads, outcomes = jax.lax.map(gradient, jnp.asarray(rows))
@@ -68,7 +69,7 @@ def gradient_numbers(grads: dict[str, nnx.State], max_norm: float) -> dict[str, 
     return numbers
 
 
-def view_numbers(agent: Agent, actor: a2c.Actor, key: Array) -> dict[str, Array]:
+def view_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]:
     """What actor and critic see, and how much of it is noise.
 
     `features, spread` is the standard deviation between environments of what actor and critic see, averaged over its
@@ -76,26 +77,26 @@ def view_numbers(agent: Agent, actor: a2c.Actor, key: Array) -> dict[str, Array]
     draws, those "by order" put the particles in another order.
     """
     keys = jax.random.split(key, REDRAWS)
-    last = jax.vmap(lambda key: playing.look(agent, actor, key))(keys)
+    start = jax.vmap(lambda key: playing.observe(agent, actor, key))(keys)
 
     def see(belief: Any) -> tuple[Array, Array, Array]:
-        features = agent.policy_features(belief)
+        features = agent.features(belief)
         return features, agent.policy(features).mean(), agent.value(features)
 
     def spreads(seen: tuple[Array, ...], axis: int) -> list[Array]:
         return [jnp.mean(jnp.std(x, axis)) for x in seen]
 
     names = ("features", "policy mean", "value")
-    seen = jax.vmap(see)(last.belief)
+    seen = jax.vmap(see)(start.belief)
     numbers = {f"{name}, spread": x for name, x in zip(names, spreads(seen, 1), strict=True)}
     numbers |= {f"{name}, spread by draws": x for name, x in zip(names, spreads(seen, 0), strict=True)}
     numbers["features, saturated"] = jnp.mean(jnp.abs(seen[0]) > SATURATED)
-    numbers["state h, saturated"] = jnp.mean(jnp.abs(last.belief.h) > SATURATED)
+    numbers["state h, saturated"] = jnp.mean(jnp.abs(start.belief.h) > SATURATED)
     if hasattr(agent, "log_std"):
         numbers["policy, standard deviation"] = jnp.mean(jnp.exp(agent.log_std[...]))
-    if not hasattr(last.belief, "log_weight"):
+    if not hasattr(start.belief, "log_weight"):
         return numbers
-    one = jax.tree.map(lambda x: x[0], last.belief)
+    one = jax.tree.map(lambda x: x[0], start.belief)
     orders = jax.vmap(lambda key: jax.random.permutation(key, one.log_weight.shape[1]))(keys)
     shuffled = jax.vmap(lambda order: see(jax.tree.map(lambda x: x[:, order], one)))(orders)
     numbers |= {f"{name}, spread by order": x for name, x in zip(names, spreads(shuffled, 0), strict=True)}
@@ -105,13 +106,13 @@ def view_numbers(agent: Agent, actor: a2c.Actor, key: Array) -> dict[str, Array]
     return numbers
 
 
-def variance_numbers(agent: Agent, actor: a2c.Actor, key: Array) -> dict[str, Array]:
+def variance_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]:
     """Median standard deviations of proposal, prior and emission (of vectors only); {} without particles."""
     if not hasattr(actor.belief, "log_weight"):
         return {}
-    last = playing.look(agent, actor, key)
-    inputs = agent.encode(actor.env.obs, last.prev_action)
-    step = agent.transition(last.h_prev, inputs, last.trace)
+    start = playing.observe(agent, actor, key)
+    inputs = agent.encode(start.timestep)
+    step = agent.advance(start.carry, inputs, start.trace)
     _, prior_var = agent.prior_of(step.h_prev, inputs)
     numbers = {"proposal of z, deviation": step.proposal_var, "prior of z, deviation": prior_var}
     if not agent.observation.is_image:
@@ -135,26 +136,26 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
     learner = a2c.make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(seed))
 
-    def advance(carry: tuple, key: Array) -> tuple[tuple, dict[str, Array]]:
-        actor, window = carry
+    def advance(carry: tuple, x: tuple) -> tuple[tuple, dict[str, Array]]:
+        (actor, window), (place, key) = carry, x
         draw_key, view_key, variance_key = jax.random.split(key, 3)
         draws = learner.draw(draw_key)
-        grads, outcome = gradients_by_loss(config, env, params, batch_stats, actor, window, draws)
+        grads, outcome = gradients_by_loss(config, env, params, batch_stats, actor, window, place, draws)
         numbers = gradient_numbers(grads, config.optimizer.max_grad_norm)
         after = outcome.rollout.actor
         numbers |= view_numbers(bind(graphdef, params, batch_stats), after, view_key)
         numbers |= variance_numbers(bind(graphdef, params, batch_stats), after, variance_key)
-        return (after, window.push(outcome.rollout.segment)), numbers
+        return (after, window.put(outcome.rollout.segment, place)), numbers
 
     # Let the environments get through an episode before anything is measured.
-    def warm_up(actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, None]:
+    def warm_up(actor: Actor, key: Array) -> tuple[Actor, None]:
         return learner.roll_out(params, batch_stats, actor, learner.draw(key)).actor, None
 
     @jax.jit
     def measure(state: a2c.TrainState) -> dict[str, Array]:
         warm_keys, keys = (jax.random.split(jax.random.fold_in(state.key, i), n) for i, n in enumerate((15, updates)))
         actor, _ = jax.lax.scan(warm_up, state.actor, warm_keys)
-        _, numbers = jax.lax.scan(advance, (actor, state.window), keys)
+        _, numbers = jax.lax.scan(advance, (actor, state.window), (jnp.arange(updates) % config.bptt_segments, keys))
         return jax.tree.map(jnp.mean, numbers)
 
     result = {

@@ -74,8 +74,8 @@ def play(agent: Agent, env: Environment, key: Array) -> Episodes:
             obs=turn.before.obs,
             action=turn.action,
             reward=turn.after.true_reward,
-            features=features_of(agent, turn.last.belief),
-            reconstruction=agent.predict(turn.last, (0,), key).get(0),
+            features=features_of(agent, turn.start.belief),
+            reconstruction=agent.predict(turn.start, (0,), key).get(0),
         )
 
     return playing.watch(agent, env, key, hike.EPISODE_LENGTH, keep)

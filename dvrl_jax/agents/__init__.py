@@ -1,7 +1,7 @@
 """The belief models by name. A new one is a module here, with a subclass of `Agent` that says its `name`."""
 
 from dvrl_jax import discovery
-from dvrl_jax.agents.base import NO_TAPES, Agent, Inputs, Tapes, UpdateInfo, bind, check
+from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo, bind, check, select
 from dvrl_jax.agents.dvrl import DVRL
 from dvrl_jax.agents.rnn import RNN
 
@@ -11,4 +11,16 @@ def named() -> dict[str, type[Agent]]:
     return discovery.named(Agent, __name__)
 
 
-__all__ = ["DVRL", "NO_TAPES", "RNN", "Agent", "Inputs", "Tapes", "UpdateInfo", "bind", "check", "named"]
+__all__ = [
+    "DVRL",
+    "RNN",
+    "Agent",
+    "Inputs",
+    "PredictionStart",
+    "Timestep",
+    "UpdateInfo",
+    "bind",
+    "check",
+    "named",
+    "select",
+]

@@ -2,21 +2,20 @@
 
 An agent is an NNX module with these verbs (shapes: `B` environments, `A` actions):
 
-    initial(B)                                       the belief before the first observation
-    see(obs)                             what the observation contributes to the step, once per environment
-    add_action(seen, prev_action)        the step's inputs: that, and what the action contributes
-    encode(obs, prev_action)             both
-    draw(key, steps, B)                  the random numbers that `steps` belief updates need
-    choose(belief, draws)                the trace: all draws and discrete choices of the next step, no gradient
-    transition(h, inputs, trace)         the step of the recurrence, and nothing that only losses and heads need
-    weigh(step, inputs, trace, obs)      the belief after the step, with the loss that trains it
-    update(belief, inputs, obs, draws)   choose, transition and weigh: one more observation taken in
-    summarise(belief)                    one vector per environment for actor and critic
-    heads(belief)                        the policy and the value
-    predict(last, times, key)            observations expected some steps ahead
+    initial(B)                                the belief before the first observation
+    encode_observation(obs)                   what the observation contributes to the step, once per environment
+    add_context(seen, timestep)               the step's inputs: that, and what the previous action contributes
+    draw(key, steps, B)                       the random numbers that `steps` belief updates need
+    sample_trace(belief, noise)               all draws and discrete choices of the next step, no gradient
+    advance(carry, inputs, trace)             the step of the recurrence, and nothing that only losses and heads need
+    score(step, inputs, trace, timestep)      the belief after the step, with the losses that train it
+    update(belief, timestep, noise)           all of these: one more observation taken in
+    summarise(belief)                         one vector per environment for actor and critic
+    heads(belief)                             the policy and the value
+    predict(start, times, key)                observations expected some steps ahead
 
-`transition` is the only path along which gradients cross steps and segments. `see`, `add_action`, `transition`, `weigh`
-and `summarise` take a tape besides, to which they hand their costly products, always in the same order (see `tape.py`).
+A belief has a `carry`, any pytree of floating point arrays [B, ...]. It is all that `advance` takes of the belief
+before, and the only path along which gradients cross steps and segments.
 """
 
 import abc
@@ -31,39 +30,41 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
-from dvrl_jax.errors import RunError
-from dvrl_jax.tape import NO_TAPE, Tape
+from dvrl_jax.errors import ConfigError, RunError
 
 Array = jax.Array
 
 GAUSSIAN_HEAD_GAIN = 0.01  # Initial factor on the weights of a continuous policy's mean.
 
 
+class Timestep(NamedTuple):
+    """What an agent gets to see at one step.
+
+    Attributes:
+        obs: [B, ...]; uint8 are pixels, 0..255.
+        prev_action: [B, A] one-hot or vector, which led to it; action 0 or the zero vector where an episode begins.
+        prev_reward: [B], for that action; 0 where an episode begins.
+        is_first: [B] bool, the observation is the first of an episode: the belief begins anew with it.
+    """
+
+    obs: Array
+    prev_action: Array
+    prev_reward: Array
+    is_first: Array
+
+
 class UpdateInfo(NamedTuple):
     """By-products of one belief update.
 
     Attributes:
-        trace: pytree, what `transition` needs to take the step again; no gradient passes.
-        encoding_loss: [B] loss that trains the belief itself (-ELBO for DVRL).
+        trace: pytree, what `advance` needs to take the step again; no gradient passes.
+        losses: [B] each, that train the belief itself, by the names of `Agent.losses`.
         metrics: [B] arrays by metric name.
     """
 
     trace: Any
-    encoding_loss: Array
+    losses: dict[str, Array]
     metrics: dict[str, Array]
-
-
-class Tapes(NamedTuple):
-    """The tapes of one belief update and its summary."""
-
-    see: Tape = NO_TAPE
-    add_action: Tape = NO_TAPE
-    transition: Tape = NO_TAPE
-    weigh: Tape = NO_TAPE
-    summarise: Tape = NO_TAPE
-
-
-NO_TAPES = Tapes()
 
 
 class Inputs(NamedTuple):
@@ -78,19 +79,19 @@ class Inputs(NamedTuple):
     phi_a: Array | None
 
 
-class Prediction(NamedTuple):
+class PredictionStart(NamedTuple):
     """What predictions start from: a belief and the update that led to it.
 
     Attributes:
         belief: the belief after the last observation.
-        h_prev: the `h` it was updated from. trace: the update's trace. prev_action: [B, A], which led to the
-        observation and is assumed to be repeated.
+        carry: the one that it was updated from. trace: the update's trace.
+        timestep: what it took in; its previous action is assumed to be repeated.
     """
 
     belief: Any
-    h_prev: Array
+    carry: Any
     trace: Any
-    prev_action: Array
+    timestep: Timestep
 
 
 def bind(graphdef: nnx.GraphDef, *states: nnx.State) -> "Agent":
@@ -101,19 +102,10 @@ def bind(graphdef: nnx.GraphDef, *states: nnx.State) -> "Agent":
     return nnx.merge(graphdef, *jax.tree.map(lambda x: x, states))
 
 
-def check(agent: "Agent", num_envs: int) -> None:
-    """Makes sure that an agent's beliefs are as `Agent.initial` says.
-
-    Raises:
-        RunError: they are not.
-    """
-    belief = agent.initial(num_envs)
-    h = getattr(belief, "h", None)
-    if not hasattr(belief, "_replace") or not hasattr(h, "shape") or h.shape[:1] != (num_envs,):
-        raise RunError(
-            f"{type(agent).__name__}: initial returns {type(belief).__name__}, and must return a named tuple with the "
-            f"field h, one array [{num_envs}, ...]; several recurrent arrays are put together into one"
-        )
+def select(condition: Array, yes: Any, no: Any) -> Any:
+    """Per environment, from two pytrees of arrays [B, ...]: the first where `condition` [B] holds, else the second."""
+    spread = lambda x: condition.reshape(condition.shape + (1,) * (x.ndim - 1))
+    return jax.tree.map(lambda a, b: jnp.where(spread(b), a, b), yes, no)
 
 
 class Agent(nnx.Module, abc.ABC):
@@ -122,28 +114,34 @@ class Agent(nnx.Module, abc.ABC):
     Attributes:
         name: what configurations call it (`algorithm`).
         settings: what may be set about it alone, with defaults: fields of the `model` group of its configurations.
-        has_lineages: whether h is of particles, [B, K, ...], that know nothing of each other and of which some have no
-        descendants. Learning then goes back through the others alone (see `lineages.py`). It takes traces that have
-        `ancestors` [B, K], and a `transition` that lets h be inherited from those and then calls `advance`, which
-        can be asked for some of the particles as well.
+        losses: which losses train its belief besides the actor-critic's, with the default of each one's coefficient,
+            `loss.<name>_coef`.
     """
 
     name: str | None = None
     settings: Mapping[str, Any] = {}
-    has_lineages = False
+    losses: Mapping[str, float] = {"encoding": 0.0}
 
-    def __init__(self, config, observation: ObservationSpec, action: ActionSpec, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config,
+        observation: ObservationSpec,
+        action: ActionSpec,
+        *,
+        summary_size: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         """Makes the networks for `config` (the `model` group of a configuration).
 
+        `summary_size` is the size of what `summarise` returns, h_dim by default.
         Raises:
             ValueError: the networks do not fit the observation.
         """
         self.observation = observation
         self.action = action
         self.h_dim = config.h_dim
+        self.summary_size = summary_size or config.h_dim
         self.detach_encoder = config.detach_encoder
-        # Set for evaluation with few environments: batch norm then uses its running averages.
-        self.use_running_average = False
         self.encoder = networks.Encoder(observation.shape, config.channels, config.batch_norm, rngs=rngs)
         self.encoded_size = 1
         for size in networks.encoded_shape(observation.shape, config.channels):
@@ -156,33 +154,31 @@ class Agent(nnx.Module, abc.ABC):
             self.action_encoder = networks.Linear({"x": action.size}, config.action_encoding, rngs=rngs)
             self.action_activation = networks.Activation(config.action_encoding, config.batch_norm)
         self.input_sizes |= self.action_sizes
-        self.summary_norm = networks.BatchNorm(config.h_dim) if config.policy_batch_norm else None
-        self.value_head = networks.Linear({"x": config.h_dim}, 1, rngs=rngs)
+        self.summary_norm = networks.BatchNorm(self.summary_size) if config.policy_batch_norm else None
+        self.value_head = networks.Linear({"x": self.summary_size}, 1, rngs=rngs)
         gain = networks.RELU_GAIN * (1.0 if action.discrete else GAUSSIAN_HEAD_GAIN)
-        self.policy_head = networks.Linear({"x": config.h_dim}, action.size, gain=gain, rngs=rngs)
+        self.policy_head = networks.Linear({"x": self.summary_size}, action.size, gain=gain, rngs=rngs)
         if not action.discrete:
             self.log_std = nnx.Param(jnp.zeros(action.size))
 
-    def add_emission(self, sizes: Mapping[str, int], config, *, rngs: nnx.Rngs) -> None:
-        """Makes the networks that foresee an observation, for agents that do: p(o), from inputs of these sizes."""
-        self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
-        self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
-        self.decoder = networks.make_decoder(self.observation.shape, config.channels, config.batch_norm, rngs=rngs)
+    @property
+    def use_running_average(self) -> bool:
+        """Whether batch norm uses its running averages, for evaluation with few environments."""
+        return any(norm.use_running_average for norm in self._batch_norms())
 
-    def encode(self, obs: Array, prev_action: Array, tapes: Tapes = NO_TAPES) -> Inputs:
-        """Encodes obs [B, ...] (uint8 are pixels, 0..255) and prev_action [B, A]."""
-        return self.add_action(self.see(obs, tapes.see), prev_action, tapes.add_action)
+    @use_running_average.setter
+    def use_running_average(self, use: bool) -> None:
+        for norm in self._batch_norms():
+            norm.use_running_average = use
 
-    def see(self, obs: Array, tape: Tape = NO_TAPE) -> Any:
-        """What obs [B, ...], or of several steps [T, B, ...], adds to the recurrence (see `drive`)."""
-        return self.drive({"obs": self.encoder(self.as_float(obs), self.use_running_average, tape)})
+    def _batch_norms(self) -> list[networks.BatchNorm]:
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, networks.BatchNorm)]
 
-    def add_action(self, seen: Any, prev_action: Array, tape: Tape = NO_TAPE) -> Inputs:
-        """The inputs of a step that has `seen` an observation after prev_action [B, A], or of several [T, B, A]."""
-        phi_a = self.encode_action(prev_action, tape)
-        if phi_a is None:
-            return Inputs(seen, None)
-        return Inputs(jax.tree.map(jnp.add, seen, self.drive({"action": phi_a})), phi_a)
+    # --- What a belief model says ------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def initial(self, num_envs: int) -> Any:
+        """The belief of `num_envs` fresh episodes: a named tuple with a `carry`. It may depend on weights."""
 
     @abc.abstractmethod
     def drive(self, encoded: dict[str, Array]) -> Any:
@@ -192,21 +188,29 @@ class Agent(nnx.Module, abc.ABC):
         it. Learning asks for several steps at once, [T, B, F] or [T, B, E], or for single images of many, [R, F].
         """
 
-    def encode_action(self, prev_action: Array, tape: Tape = NO_TAPE) -> Array | None:
-        """phi_a [B, E] of prev_action [B, A]; None without action encoding."""
-        chex.assert_rank(prev_action, 2 + tape.steps)
-        if not self.action_sizes:
-            return None
-        return self.action_activation(self.action_encoder(x=prev_action), self.use_running_average, tape)
+    def draw(self, key: Array, steps: int, num_envs: int) -> Any:
+        """Draws what `steps` updates need: a pytree of arrays [steps, B, ...]; here, nothing."""
+        del key, steps, num_envs
+        return ()
 
-    def decode(self, hidden: Array, tape: Tape = NO_TAPE) -> Any:
-        """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one."""
-        features = self.emission_activation(hidden, self.use_running_average, tape)
-        return self.decoder(features.reshape(-1, self.encoded_size), self.use_running_average, tape)
+    def sample_trace(self, belief: Any, noise: Any) -> Any:
+        """The trace of the next step: whatever draws and discrete choices `advance` depends on; here, nothing."""
+        del belief, noise
+        return ()
 
-    def emission_mean(self, emission: Any) -> Array:
-        """Expected observation [R, ...] under the decoder's output of R rows: pixel probabilities, or means."""
-        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
+    @abc.abstractmethod
+    def advance(self, carry: Any, inputs: Inputs, trace: Any) -> Any:
+        """One step of the recurrence: a named tuple with the next `carry` and what `score` needs."""
+
+    @abc.abstractmethod
+    def score(self, step: Any, inputs: Inputs, trace: Any, timestep: Timestep) -> tuple[Any, UpdateInfo]:
+        """The belief after a step, with the step's carry, and how well it foresaw what it met."""
+
+    @abc.abstractmethod
+    def summarise(self, belief: Any) -> Array:
+        """The belief as one vector per environment, [B, S]; learning asks for several steps at once, [T, B, S]."""
+
+    # --- Updating a belief -------------------------------------------------------------------------------------------
 
     @staticmethod
     def as_float(obs: Array) -> Array:
@@ -214,6 +218,58 @@ class Agent(nnx.Module, abc.ABC):
         if obs.dtype == jnp.uint8:
             return obs.astype(jnp.float32) / 255.0
         return obs if jnp.issubdtype(obs.dtype, jnp.floating) else obs.astype(jnp.float32)
+
+    def encode_observation(self, obs: Array) -> Any:
+        """What obs [B, ...], or of several steps [T, B, ...], adds to the recurrence (see `drive`)."""
+        return self.drive({"obs": self.encoder(self.as_float(obs))})
+
+    def encode_action(self, prev_action: Array) -> Array | None:
+        """phi_a [..., E] of prev_action [..., A]; None without action encoding."""
+        if not self.action_sizes:
+            return None
+        chex.assert_axis_dimension(prev_action, -1, self.action.size)
+        return self.action_activation(self.action_encoder(x=prev_action))
+
+    def add_context(self, seen: Any, timestep: Timestep) -> Inputs:
+        """The inputs of a step that has `seen` its observation: adds the previous action's part; [B] or [T, B] steps.
+
+        An agent may override it to take in the previous reward as well. The observation belongs in `seen`.
+        """
+        phi_a = self.encode_action(timestep.prev_action)
+        if phi_a is None:
+            return Inputs(seen, None)
+        return Inputs(jax.tree.map(jnp.add, seen, self.drive({"action": phi_a})), phi_a)
+
+    def encode(self, timestep: Timestep) -> Inputs:
+        """The inputs of a step."""
+        return self.add_context(self.encode_observation(timestep.obs), timestep)
+
+    def restart(self, belief: Any, is_first: Array) -> Any:
+        """A belief, begun anew where is_first [B]."""
+        return select(is_first, self.initial(is_first.shape[0]), belief)
+
+    def restart_carry(self, carry: Any, is_first: Array) -> Any:
+        """A belief's carry, begun anew where is_first [B]."""
+        return select(is_first, self.initial(is_first.shape[0]).carry, carry)
+
+    def update(self, belief: Any, timestep: Timestep, noise: Any) -> tuple[Any, UpdateInfo]:
+        """Takes a time step into a belief that has been restarted where an episode begins.
+
+        Raises:
+            RunError: `score` changes the carry.
+        """
+        inputs = self.encode(timestep)
+        trace = self.sample_trace(belief, noise)
+        step = self.advance(belief.carry, inputs, trace)
+        return self.check_score(step, self.score(step, inputs, trace, timestep))
+
+    def check_score(self, step: Any, scored: tuple[Any, UpdateInfo]) -> tuple[Any, UpdateInfo]:
+        """What `score` returned for a step, which must have left the carry alone. Raises RunError."""
+        if any(a is not b for a, b in zip(*map(jax.tree.leaves, (scored[0].carry, step.carry)), strict=True)):
+            raise RunError(f"{type(self).__name__}: score changes the carry, and must leave it as it is in the step")
+        return scored
+
+    # --- Actor and critic --------------------------------------------------------------------------------------------
 
     def initial_action(self, num_envs: int) -> Array:
         """The previous action at the start of an episode, [B, A]: action 0 (one-hot) or the zero vector."""
@@ -226,18 +282,13 @@ class Agent(nnx.Module, abc.ABC):
 
     def heads(self, belief: Any) -> tuple[distrax.Distribution, Array]:
         """Returns the policy (a distribution over B actions) and the value [B] for a belief."""
-        features = self.policy_features(belief)
+        features = self.features(belief)
         return self.policy(features), self.value(features)
 
-    def policy_features(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
-        """What actor and critic see, [B, H]: the belief's summary, batch-normalised if so configured.
-
-        With a tape of several steps, of beliefs with one more axis in front: [T, B, H].
-        """
-        features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief, tape)
-        if self.summary_norm is not None:
-            features = self.summary_norm(features, self.use_running_average, Tape(tape.steps))
-        return features
+    def features(self, belief: Any) -> Array:
+        """What actor and critic see, [B, S], or of several steps [T, B, S]: the summary, batch-normalised if set so."""
+        features = self.summarise(jax.lax.stop_gradient(belief) if self.detach_encoder else belief)
+        return features if self.summary_norm is None else self.summary_norm(features)
 
     def policy(self, features: Array) -> distrax.Distribution:
         """Policy over actions [..., B]: categorical, or diagonal normal with a parameter for its deviation."""
@@ -251,56 +302,21 @@ class Agent(nnx.Module, abc.ABC):
         """Value [..., B]."""
         return self.value_head(x=features)[..., 0]
 
-    @abc.abstractmethod
-    def initial(self, num_envs: int) -> Any:
-        """The belief of `num_envs` fresh episodes: a named tuple with the recurrent state, one array, in field `h`.
+    # --- Foreseeing observations -------------------------------------------------------------------------------------
 
-        All zeros, which is also what `restart` makes of a belief when the next episode begins.
-        """
+    def add_emission(self, sizes: Mapping[str, int], config, *, rngs: nnx.Rngs) -> None:
+        """Makes the networks that foresee an observation, for agents that do: p(o), from inputs of these sizes."""
+        self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
+        self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
+        self.decoder = networks.make_decoder(self.observation.shape, config.channels, config.batch_norm, rngs=rngs)
 
-    @staticmethod
-    def restart(belief: Any, fresh: Array) -> Any:
-        """A belief, or its h alone, with every array [B, ...] set to 0 where fresh [B]."""
+    def decode(self, hidden: Array) -> Any:
+        """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one."""
+        return self.decoder(self.emission_activation(hidden).reshape(-1, self.encoded_size))
 
-        def zero(x):
-            return jnp.where(fresh.reshape(fresh.shape + (1,) * (x.ndim - 1)), jnp.zeros_like(x), x)
-
-        return jax.tree.map(zero, belief)
-
-    @abc.abstractmethod
-    def draw(self, key: Array, steps: int, num_envs: int) -> Any:
-        """Draws what `steps` updates need: a pytree of arrays [steps, B, ...], () if nothing."""
-
-    def update(
-        self, belief: Any, inputs: Inputs, obs: Array, draws: Any, tapes: Tapes = NO_TAPES
-    ) -> tuple[Any, UpdateInfo]:
-        """Takes obs [B, ...] and its encoded inputs into the belief.
-
-        Raises:
-            RunError: `weigh` changes h.
-        """
-        trace = self.choose(belief, draws)
-        step = self.transition(belief.h, inputs, trace, tapes.transition)
-        after, info = self.weigh(step, inputs, trace, obs, tapes.weigh)
-        if after.h is not step.h:
-            raise RunError(f"{type(self).__name__}: weigh changes h, and must leave it as it is in the step")
-        return after, info
-
-    @abc.abstractmethod
-    def choose(self, belief: Any, draws: Any) -> Any:
-        """The trace of the next step: whatever draws and discrete choices `transition` depends on."""
-
-    @abc.abstractmethod
-    def transition(self, h: Array, inputs: Inputs, trace: Any, tape: Tape = NO_TAPE) -> Any:
-        """One step from the recurrent state `h`: a named tuple with the next `h` and what `weigh` needs."""
-
-    @abc.abstractmethod
-    def weigh(self, step: Any, inputs: Inputs, trace: Any, obs: Array, tape: Tape = NO_TAPE) -> tuple[Any, UpdateInfo]:
-        """The belief after a step that met obs [B, ...], with the step's h, and how well it foresaw it."""
-
-    @abc.abstractmethod
-    def summarise(self, belief: Any, tape: Tape = NO_TAPE) -> Array:
-        """The belief as one vector per environment, [B, H]; learning asks for several steps at once, [T, B, H]."""
+    def emission_mean(self, emission: Any) -> Array:
+        """Expected observation [R, ...] under the decoder's output of R rows: pixel probabilities, or means."""
+        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
 
     @classmethod
     def predicts(cls, config) -> bool:
@@ -308,22 +324,22 @@ class Agent(nnx.Module, abc.ABC):
         del config
         return cls.predict is not Agent.predict
 
-    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+    def predict(self, start: PredictionStart, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Expected observations {dt: [B, ...]} for each dt in `times`: 0 is the reconstruction of the last one.
 
         An agent that predicts nothing has none.
         """
-        del last, times, key
+        del start, times, key
         return {}
 
     def look_ahead(
-        self, step: Callable[["Agent", Array, Array], tuple[Array, Array]], h: Array, times: tuple[int, ...]
+        self, step: Callable[["Agent", Any, Array], tuple[Any, Array]], carry: Any, times: tuple[int, ...]
     ) -> dict[int, Array]:
         """The part of `predict` after the reconstruction: a loop, so that its length does not matter to the compiler.
 
         Args:
-            step: of (agent, h, dt), returns the next h and the observation [B, ...] expected dt steps ahead.
-            h: recurrent state after the last observation. times: as for `predict`.
+            step: of (agent, carry, dt), returns the next carry and the observation [B, ...] expected dt steps ahead.
+            carry: after the last observation. times: as for `predict`.
         Returns:
             {dt: [B, ...]} for each dt > 0 in `times`.
         """
@@ -331,5 +347,55 @@ class Agent(nnx.Module, abc.ABC):
         if last == 0:
             return {}
         graphdef, state = nnx.split(self)
-        _, expected = jax.lax.scan(lambda h, dt: step(bind(graphdef, state), h, dt), h, jnp.arange(1, last + 1))
+        _, expected = jax.lax.scan(lambda x, dt: step(bind(graphdef, state), x, dt), carry, jnp.arange(1, last + 1))
         return {dt: expected[dt - 1] for dt in times if dt > 0}
+
+    # --- What a configuration of it must be, and what work it makes --------------------------------------------------
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raises ConfigError if the fields of a configuration that are about this agent do not fit together."""
+        if config.log.save_reconstruction_interval and not cls.predicts(config.model):
+            raise ConfigError(
+                f"log.save_reconstruction_interval = {config.log.save_reconstruction_interval}: must be 0 for "
+                f"{cls.describe(config)}, which predicts nothing"
+            )
+        if config.model.detach_encoder and not any(config.loss[f"{name}_coef"] for name in cls.losses):
+            coefs = " or ".join(f"loss.{name}_coef" for name in cls.losses) or "a loss of its own"
+            raise ConfigError(
+                f"model.detach_encoder = True: must be False without {coefs}, where nothing else would train the belief"
+            )
+
+    @classmethod
+    def describe(cls, config) -> str:
+        """What messages call it, as `config` (a whole configuration) has it."""
+        del config
+        return cls.name or cls.__name__
+
+    @classmethod
+    def rows_per_env(cls, config) -> int:
+        """How many rows its products have for each environment, as `config` (the `model` group) has it: the particles.
+
+        It decides how a process that trains it is set up (`runs/process.py`, `runs/compilation.py`).
+        """
+        del config
+        return 1
+
+
+def check(agent: Agent, num_envs: int) -> None:
+    """Makes sure that an agent's beliefs are as `Agent.initial` says.
+
+    Raises:
+        RunError: they are not.
+    """
+    name, belief = type(agent).__name__, agent.initial(num_envs)
+    if not hasattr(belief, "_replace") or not hasattr(belief, "carry"):
+        raise RunError(
+            f"{name}: initial returns {type(belief).__name__}, and must return a named tuple with a `carry`: the arrays "
+            f"[{num_envs}, ...] that the recurrence starts from"
+        )
+    for path, x in jax.tree_util.tree_leaves_with_path(belief.carry):
+        if jnp.shape(x)[:1] != (num_envs,) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            place = "carry" + jax.tree_util.keystr(path)
+            found = f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+            raise RunError(f"{name}: initial returns {place} as {found}, and must return float32[{num_envs}, ...]")

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax import networks
+from dvrl_jax import networks, notes
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
-from dvrl_jax.tape import NO_TAPE, Tape
+from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo
 
 Array = jax.Array
 
@@ -27,8 +26,12 @@ class Belief(NamedTuple):
     phi_z: Array
     log_weight: Array
 
+    @property
+    def carry(self) -> Array:
+        return self.h
 
-class Draws(NamedTuple):
+
+class Noise(NamedTuple):
     """Randomness of updates: `u` [T, B] uniform, for resampling; `eps` [T, B, K, Z] standard normal, for z."""
 
     u: Array
@@ -59,6 +62,10 @@ class Step(NamedTuple):
     phi_z: Array
     h: Array
 
+    @property
+    def carry(self) -> Array:
+        return self.h
+
 
 class DVRL(Agent):
     """Particle-filter belief with learned proposal q(z), prior p(z), emission p(o) and recurrence h."""
@@ -70,7 +77,6 @@ class DVRL(Agent):
         self.num_particles, self.z_dim = config.num_particles, config.z_dim
         self.resampling = config.resample
         h, z, norm = config.h_dim, config.z_dim, config.batch_norm
-        self.has_lineages = config.resample and config.num_particles > 1 and not norm
         self.proposal_hidden = networks.Linear(self.input_sizes | {"h": h}, h, rngs=rngs)
         self.proposal_activation = networks.Activation(h, norm)
         self.proposal = networks.Normal(h, z, rngs=rngs)
@@ -96,63 +102,61 @@ class DVRL(Agent):
         """
         return Drive(self.proposal_hidden.product(**encoded), self.gru.product(**encoded))
 
-    def draw(self, key: Array, steps: int, num_envs: int) -> Draws:
+    def draw(self, key: Array, steps: int, num_envs: int) -> Noise:
         """For each step u [B], uniform, to resample with, and eps [B, K, Z], normal, to make z of."""
         u_key, eps_key = jax.random.split(key)
         u = jax.random.uniform(u_key, (steps, num_envs))
-        return Draws(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
+        return Noise(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
 
-    def choose(self, belief: Belief, draws: Draws) -> Trace:
-        """Resamples: which particles go on, and the noise of their z. Draws: u [B], eps [B, K, Z]."""
-        ancestors = pf.systematic_ancestors(belief.log_weight, draws.u) if self.resampling else None
-        return Trace(ancestors, draws.eps)
+    def sample_trace(self, belief: Belief, noise: Noise) -> Trace:
+        """Resamples: which particles go on, and the noise of their z. Noise: u [B], eps [B, K, Z]."""
+        ancestors = pf.systematic_ancestors(belief.log_weight, noise.u) if self.resampling else None
+        return Trace(ancestors, noise.eps)
 
-    def transition(self, h: Array, inputs: Inputs, trace: Trace, tape: Tape = NO_TAPE) -> Step:
+    def advance(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
         """Copies h [B, K, H] of the chosen ancestors, draws z from the proposal, and advances h."""
         if trace.ancestors is not None:
             h = pf.resample(h, trace.ancestors)
-        return self.advance(h, inputs, trace, tape)
+        return self.propagate(h, inputs, trace)
 
-    def advance(self, h: Array, inputs: Inputs, trace: Trace, tape: Tape = NO_TAPE) -> Step:
+    def propagate(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
         """Draws z from the proposal and advances the inherited h [B, K, H]."""
-        hidden = inputs.drive.proposal[:, None] + self.proposal_hidden(h=h)
-        mean, var = self.proposal(self.proposal_activation(hidden, self.use_running_average, tape), tape)
+        hidden = self.proposal_activation(inputs.drive.proposal[:, None] + self.proposal_hidden(h=h))
+        mean, var = self.proposal(hidden)
         z = pf.sample_normal(mean, var, trace.eps)
-        phi_z = jax.nn.relu(tape(self.phi_z(z=z)))
-        return Step(h, mean, var, z, phi_z, self.recur(h, phi_z, inputs.drive, tape))
+        phi_z = jax.nn.relu(notes.note(self.phi_z(z=z), "phi_z"))
+        return Step(h, mean, var, z, phi_z, self.recur(h, phi_z, inputs.drive))
 
-    def weigh(
-        self, step: Step, inputs: Inputs, trace: Trace, obs: Array, tape: Tape = NO_TAPE
-    ) -> tuple[Belief, UpdateInfo]:
+    def score(self, step: Step, inputs: Inputs, trace: Trace, timestep: Timestep) -> tuple[Belief, UpdateInfo]:
         """Weighs the particles by prior, proposal and emission; the loss is the negative ELBO."""
         proposal_log_prob = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
-        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs, tape))
-        emission = self.emission_of(step.phi_z, step.h_prev, inputs, tape)
-        emission_log_prob = tape(self.emission_log_prob(obs, emission))
+        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs))
+        emission = self.emission_of(step.phi_z, step.h_prev, inputs)
+        emission_log_prob = notes.note(self.emission_log_prob(timestep.obs, emission), "emission_log_prob")
         log_weight = pf.log_weight(prior_log_prob, proposal_log_prob, emission_log_prob)
         elbo = pf.elbo(log_weight)
         metrics = {} if trace.ancestors is None else {"particles.killed": pf.killed_particles(trace.ancestors)}
         metrics |= _spread("loss.prior", proposal_log_prob - prior_log_prob)
         metrics |= _spread("loss.emission", -emission_log_prob)
-        return Belief(step.h, step.z, step.phi_z, log_weight), UpdateInfo(trace, -elbo, metrics)
+        return Belief(step.h, step.z, step.phi_z, log_weight), UpdateInfo(trace, {"encoding": -elbo}, metrics)
 
-    def recur(self, h: Array, phi_z: Array, drive: Drive, tape: Tape = NO_TAPE) -> Array:
+    def recur(self, h: Array, phi_z: Array, drive: Drive) -> Array:
         """The next h [B, K, H] from the previous one, phi_z [B, K, H] and the observation and action."""
-        return self.gru(h, drive.gru[:, None] + self.gru.product(phi_z=phi_z), tape)
+        return self.gru(h, drive.gru[:, None] + self.gru.product(phi_z=phi_z))
 
-    def prior_of(self, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE) -> tuple[Array, Array]:
+    def prior_of(self, h_prev: Array, inputs: Inputs) -> tuple[Array, Array]:
         """p(z): mean and variance [B, K, Z] from the resampled previous h [B, K, H] and the action."""
         hidden = self.prior_hidden(h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.prior_hidden.product(action=inputs.phi_a)[:, None]
-        return self.prior(jax.nn.relu(tape(hidden)), tape)
+        return self.prior(jax.nn.relu(notes.note(hidden, "prior_hidden")))
 
-    def emission_of(self, phi_z: Array, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE) -> Any:
+    def emission_of(self, phi_z: Array, h_prev: Array, inputs: Inputs) -> Any:
         """p(o): the decoder's output for all B*K particles on one axis."""
         hidden = self.emission_hidden(phi_z=phi_z, h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)[:, None]
-        return self.decode(hidden, tape)
+        return self.decode(hidden)
 
     def emission_log_prob(self, obs: Array, emission: Any) -> Array:
         """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
@@ -167,7 +171,7 @@ class DVRL(Agent):
         """[B, K, ...] of [B*K, ...]."""
         return x.reshape(-1, self.num_particles, *x.shape[1:])
 
-    def summarise(self, belief: Belief, tape: Tape = NO_TAPE) -> Array:
+    def summarise(self, belief: Belief) -> Array:
         """A GRU over the particles in order, reading [h, phi_z, weight]; its last state. K = 1: one linear map."""
         weight = pf.normalised_weights(belief.log_weight)[..., None]
         inputs = {"h": belief.h, "phi_z": belief.phi_z, "weight": weight}
@@ -176,17 +180,18 @@ class DVRL(Agent):
         gates = self.summary.product(**inputs)
         state = jnp.zeros_like(belief.h[..., 0, :])
 
-        def read(state, gates, tape):
-            return self.summary(state, gates, tape), None
+        def read(state, gates):
+            return self.summary(state, gates), None
 
-        return tape.scan(read, state, jnp.moveaxis(gates, -2, 0))[0]
+        return notes.scan("summary", read, state, jnp.moveaxis(gates, -2, 0))[0]
 
-    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+    def predict(self, start: PredictionStart, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""
-        belief, inputs = last.belief, Inputs(None, self.encode_action(last.prev_action))
+        belief, inputs = start.belief, Inputs(None, self.encode_action(start.timestep.prev_action))
         predictions = {}
         if 0 in times:
-            h_prev = last.h_prev if last.trace.ancestors is None else pf.resample(last.h_prev, last.trace.ancestors)
+            ancestors = start.trace.ancestors
+            h_prev = start.carry if ancestors is None else pf.resample(start.carry, ancestors)
             predictions[0] = self.expected_observation(belief.phi_z, h_prev, inputs, belief.log_weight)
 
         def step(agent: DVRL, h: Array, dt: Array) -> tuple[Array, Array]:
@@ -194,9 +199,13 @@ class DVRL(Agent):
             noise = jax.random.normal(jax.random.fold_in(key, dt), mean.shape)
             phi_z = jax.nn.relu(agent.phi_z(z=pf.sample_normal(mean, var, noise)))
             expected = agent.expected_observation(phi_z, h, inputs, belief.log_weight)
-            return agent.recur(h, phi_z, agent.encode(expected, last.prev_action).drive), expected
+            return agent.recur(h, phi_z, agent.encode(start.timestep._replace(obs=expected)).drive), expected
 
         return predictions | self.look_ahead(step, belief.h, times)
+
+    @classmethod
+    def rows_per_env(cls, config) -> int:
+        return config.num_particles
 
     def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:
         """The emission's mean, averaged over the particles by their weights: [B, ...]."""

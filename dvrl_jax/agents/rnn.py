@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from dvrl_jax import networks
-from dvrl_jax.agents.base import Agent, Inputs, Prediction, UpdateInfo
-from dvrl_jax.tape import NO_TAPE, Tape
+from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo
+from dvrl_jax.errors import ConfigError
 
 Array = jax.Array
 
@@ -19,12 +19,20 @@ class Belief(NamedTuple):
 
     h: Array
 
+    @property
+    def carry(self) -> Array:
+        return self.h
+
 
 class Step(NamedTuple):
     """The recurrent state before and after a step, each [B, H]."""
 
     h_prev: Array
     h: Array
+
+    @property
+    def carry(self) -> Array:
+        return self.h
 
 
 class RNN(Agent):
@@ -46,39 +54,27 @@ class RNN(Agent):
         """What observation and action add to the GRU's gates, [B, 3H]."""
         return self.gru.product(**encoded)
 
-    def draw(self, key: Array, steps: int, num_envs: int) -> tuple:
-        del key, steps, num_envs
-        return ()
-
-    def choose(self, belief: Belief, draws: tuple) -> tuple:
-        """Nothing: this recurrence is deterministic."""
-        del belief, draws
-        return ()
-
-    def transition(self, h: Array, inputs: Inputs, trace: tuple, tape: Tape = NO_TAPE) -> Step:
+    def advance(self, h: Array, inputs: Inputs, trace: tuple = ()) -> Step:
         """Advances h [B, H] by the observation and the previous action."""
         del trace
-        return Step(h, self.gru(h, inputs.drive, tape))
+        return Step(h, self.gru(h, inputs.drive))
 
-    def weigh(
-        self, step: Step, inputs: Inputs, trace: tuple, obs: Array, tape: Tape = NO_TAPE
-    ) -> tuple[Belief, UpdateInfo]:
+    def score(self, step: Step, inputs: Inputs, trace: tuple, timestep: Timestep) -> tuple[Belief, UpdateInfo]:
         """The belief is h; the loss [B] is `obs_loss_coef` times that of the observation expected from h before it."""
-        loss = jnp.zeros(obs.shape[0])
+        loss = jnp.zeros(timestep.obs.shape[0])
         if self.obs_loss_coef > 0:
-            loss = self.obs_loss_coef * self.observation_loss(obs, self.emission_of(step.h_prev, inputs, tape))
-        return Belief(step.h), UpdateInfo(trace, loss, {})
+            loss = self.obs_loss_coef * self.observation_loss(timestep.obs, self.emission_of(step.h_prev, inputs))
+        return Belief(step.h), UpdateInfo(trace, {"encoding": loss}, {})
 
-    def summarise(self, belief: Belief, tape: Tape = NO_TAPE) -> Array:
-        del tape
+    def summarise(self, belief: Belief) -> Array:
         return belief.h
 
-    def emission_of(self, h_prev: Array, inputs: Inputs, tape: Tape = NO_TAPE):
+    def emission_of(self, h_prev: Array, inputs: Inputs):
         """The decoder's output for the observation expected after h_prev [B, H] and the previous action."""
         hidden = self.emission_hidden(h=h_prev)
         if inputs.phi_a is not None:
             hidden += self.emission_hidden.product(action=inputs.phi_a)
-        return self.decode(hidden, tape)
+        return self.decode(hidden)
 
     def observation_loss(self, obs: Array, emission) -> Array:
         """Loss [B] per environment, averaged over pixels or dimensions: BCE with logits, or squared error."""
@@ -92,19 +88,35 @@ class RNN(Agent):
     def predicts(cls, config) -> bool:
         return config.obs_loss_coef > 0
 
-    def predict(self, last: Prediction, times: tuple[int, ...], key: Array) -> dict[int, Array]:
+    def predict(self, start: PredictionStart, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Decodes, re-encodes and advances h; nothing can be predicted without the observation loss."""
         del key
         if self.obs_loss_coef == 0:
             return {}
-        inputs = Inputs(None, self.encode_action(last.prev_action))
+        inputs = Inputs(None, self.encode_action(start.timestep.prev_action))
         predictions = {}
         if 0 in times:
-            predictions[0] = self.emission_mean(self.emission_of(last.h_prev, inputs))
+            predictions[0] = self.emission_mean(self.emission_of(start.carry, inputs))
 
         def step(agent: RNN, h: Array, dt: Array) -> tuple[Array, Array]:
             del dt
             expected = agent.emission_mean(agent.emission_of(h, inputs))
-            return agent.transition(h, agent.encode(expected, last.prev_action), ()).h, expected
+            return agent.advance(h, agent.encode(start.timestep._replace(obs=expected))).h, expected
 
-        return predictions | self.look_ahead(step, last.belief.h, times)
+        return predictions | self.look_ahead(step, start.belief.h, times)
+
+    @classmethod
+    def describe(cls, config) -> str:
+        return "an RNN" if config.model.obs_loss_coef else "an RNN without model.obs_loss_coef"
+
+    @classmethod
+    def check(cls, config) -> None:
+        super().check(config)
+        coef, has_loss = config.loss.encoding_coef, config.model.obs_loss_coef > 0
+        said = f"loss.encoding_coef = {coef}: must be"
+        if has_loss and coef == 0:
+            raise ConfigError(
+                f"{said} greater than 0 for an RNN with model.obs_loss_coef, whose observation loss it multiplies too"
+            )
+        if coef > 0 and not has_loss:
+            raise ConfigError(f"{said} 0 for an RNN without model.obs_loss_coef, which has no encoding loss")

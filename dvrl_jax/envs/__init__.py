@@ -2,7 +2,7 @@
 
 from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari, game_names
-from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec, check
+from dvrl_jax.envs.base import ActionSpec, BatchedEnvironment, Environment, EnvState, ObservationSpec, check
 from dvrl_jax.envs.flicker import Flicker
 from dvrl_jax.envs.mountain_hike import MountainHike
 from dvrl_jax.errors import DiscoveryError, RunError

@@ -101,7 +101,7 @@ class Atari(Environment):
             obs=_to_nhwc(obs),
             reward=jnp.where(was_done, 0.0, reward),
             done=done & ~was_done,
-            transition=~was_done,
+            valid=~was_done,
             true_reward=jnp.where(was_done, 0.0, info["reward"].astype(jnp.float32)),
             game_over=game_over,
             observed=jnp.ones(self.num_envs, bool),

@@ -54,16 +54,18 @@ class EnvState(NamedTuple):
     obs: Array
     reward: Array
     done: Array
-    transition: Array
+    valid: Array
     true_reward: Array
     game_over: Array
     observed: Array
+    truncated: Array = ()
+    final_obs: Array = ()
 
     @classmethod
     def begin(cls, inner: Any, obs: Array) -> "EnvState":
         """What `reset` returns: new episodes everywhere, observed for the first time."""
         no, zero = jnp.zeros(obs.shape[0], bool), jnp.zeros(obs.shape[0])
-        return cls(inner, obs, reward=zero, done=no, transition=~no, true_reward=zero, game_over=no, observed=~no)
+        return cls(inner, obs, reward=zero, done=no, valid=~no, true_reward=zero, game_over=no, observed=~no)
 
     @classmethod
     def go_on(cls, inner: Any, obs: Array, reward: Array, done: Array) -> "EnvState":
@@ -72,7 +74,7 @@ class EnvState(NamedTuple):
         Where done, `obs` is the first observation of the next episode.
         """
         yes = jnp.ones_like(done)
-        return cls(inner, obs, reward, done, transition=yes, true_reward=reward, game_over=done, observed=yes)
+        return cls(inner, obs, reward, done, valid=yes, true_reward=reward, game_over=done, observed=yes)
 
 
 class Environment(abc.ABC):
@@ -133,8 +135,10 @@ class Environment(abc.ABC):
         return state.obs
 
 
+BatchedEnvironment = Environment
+
 # What is in an EnvState besides `inner` and `obs`: for each of the environments a number or a truth value.
-_NUMBERS, _TRUTHS = ("reward", "true_reward"), ("done", "transition", "game_over", "observed")
+_NUMBERS, _TRUTHS = ("reward", "true_reward"), ("done", "valid", "game_over", "observed")
 
 
 def check(env: Environment, state: EnvState) -> None:

@@ -1,4 +1,4 @@
-"""Distinct images: in a flickering environment half of all images are blank, and one of them stands for all of a step.
+"""Distinct images: in a flickering environment half of all images are blank, and one stands for all blanks of a step.
 
 Images that are equal, and normalised in one batch, are encoded to the same vector, and the gradients that arrive at it
 may be added up before they go back through the encoder: that is linear. So learning takes the images of a window in
@@ -6,12 +6,52 @@ passes of a fixed number of rows, and each pass as many whole steps as it has ro
 image is blank, a pass is a segment.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from dvrl_jax.agents import Agent
+from dvrl_jax.bptt import Backpropagation, Window
+from dvrl_jax.notes import Notes, replayed
 
 Array = jax.Array
+
+
+def apply_to(agent: Agent) -> bool:
+    """Whether an agent sees images, of which many may be blank."""
+    return agent.observation.is_image
+
+
+def through_encoder(
+    way: Backpropagation, params: nnx.State, window: Window, place: Array, grads: nnx.State, seen_grads: Any
+) -> nnx.State:
+    """What `bptt` computes of the encoder: with as many images at once as a segment has, but no blank one twice."""
+    segments = window.segments
+    capacity, num_steps, num_envs = segments.timesteps.is_first.shape
+    by_step = lambda x: x.reshape(capacity * num_steps, *x.shape[2:])
+    by_image = lambda x: x.reshape(-1, *x.shape[2:])
+    obs, noted = jax.tree.map(by_step, (segments.timesteps.obs, segments.notes.encode_observation))
+    distinct = Distinct.of(jax.vmap(is_blank)(obs))
+    merged = jax.tree.map(lambda g: distinct.merged(by_step(g)), seen_grads)
+    last = (place + 1) * num_steps
+
+    def one_pass(carry):
+        step, grads = carry
+        rows, step = distinct.rows(step, last, room=num_envs * num_steps)
+        images = rows.of_images(by_image(obs))
+        notes = Notes(
+            jax.tree.map(lambda x: rows.of_images(by_image(x)), noted.rows), jax.tree.map(rows.of_steps, noted.batch)
+        )
+        grad = jax.tree.map(lambda g: jnp.where(rows.used[:, None], rows.of_images(g), 0.0), merged)
+        encode = lambda p: replayed(way.agent_of(p).encode_observation, notes, rows.shares)(images)
+        _, vjp = jax.vjp(encode, params)
+        return step, jax.tree.map(jnp.add, grads, vjp(grad)[0])
+
+    # Segments that no gradient may reach are left out.
+    begin = (window.first * num_steps, grads)
+    return jax.lax.while_loop(lambda carry: carry[0] < last, one_pass, begin)[1]
 
 
 class Rows(NamedTuple):

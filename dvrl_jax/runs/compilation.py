@@ -12,7 +12,7 @@ import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs.config import sees_images
+from dvrl_jax.runs.config import has_particles, sees_images
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
@@ -31,8 +31,8 @@ def jit(run: Callable, config, use_cache: bool = True) -> jax.stages.Wrapped:
 def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     """XLA's options for training `config`, or, without one, for a program that does not train.
 
-    On a CPU: `CPU_OPTIONS` for training DVRL on vectors and the RNN on images. To DVRL on images they are no gain, and
-    to the RNN on vectors, which has one thread, a loss.
+    On a CPU: `CPU_OPTIONS` for a belief of many particles on vectors and one of a single row on images. To particles on
+    images they are no gain, and to a single row on vectors, which has one thread, a loss.
 
     On a GPU: `GPU_OPTIONS`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
     also of programs that cannot be kept themselves (see `cached`).
@@ -43,7 +43,7 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     if jax.default_backend() == "gpu":
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
-    elif jax.default_backend() == "cpu" and config and (config.algorithm == "dvrl") != sees_images(config):
+    elif jax.default_backend() == "cpu" and config and has_particles(config) != sees_images(config):
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}

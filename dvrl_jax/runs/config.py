@@ -123,6 +123,11 @@ def sees_images(config: ConfigDict) -> bool:
     return envs.find(config.env.name).observation_of(config.env, config.num_envs).is_image
 
 
+def has_particles(config: ConfigDict) -> bool:
+    """Whether beliefs have several rows per environment."""
+    return agents.named()[config.algorithm].rows_per_env(config.model) > 1
+
+
 def from_fields(fields: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
     """The finalised configuration that has these fields, by dotted name, and all others as in `default`.
 
@@ -223,18 +228,7 @@ def _check(c: ConfigDict) -> None:
     times = c.log.predicted_times
     valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
     require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
-    if not agents.named()[c.algorithm].predicts(c.model):
-        nothing = "an RNN without model.obs_loss_coef" if c.algorithm == "rnn" else c.algorithm
-        rule = f"0 for {nothing}, which predicts nothing"
-        require("log.save_reconstruction_interval", c.log.save_reconstruction_interval == 0, rule)
-    if c.algorithm == "rnn":
-        if c.model.obs_loss_coef == 0:
-            require("loss.encoding_coef", c.loss.encoding_coef == 0, _RNN_ENCODING)
-        else:
-            require("loss.encoding_coef", c.loss.encoding_coef > 0, _RNN_NO_ENCODING)
-    if c.loss.encoding_coef == 0:
-        rule = "False without loss.encoding_coef, where nothing else would train the belief"
-        require("model.detach_encoder", not c.model.detach_encoder, rule)
+    agents.named()[c.algorithm].check(c)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
     kind, own = envs.find(c.env.name), sorted(envs.named())
@@ -248,10 +242,6 @@ def _check(c: ConfigDict) -> None:
         networks.encoded_shape(shape, channels)
     except ValueError as error:
         raise ConfigError(f"model.channels = {_short(channels)}: {error} (env.name is {c.env.name})") from None
-
-
-_RNN_ENCODING = "0 for an RNN without model.obs_loss_coef, which has no encoding loss"
-_RNN_NO_ENCODING = "greater than 0 for an RNN with model.obs_loss_coef, whose observation loss it multiplies too"
 
 
 def _is_number(value: Any) -> bool:

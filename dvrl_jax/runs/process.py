@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvrl_jax.runs.config import sees_images
+from dvrl_jax.runs.config import has_particles, sees_images
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # One of them comes with jax[cuda12] or jax[cuda13].
@@ -29,19 +29,20 @@ HEAP_OPTIONS = {
 def prepare(config) -> None:
     """Settles the threads of a process that trains `config`; to be called before JAX's first computation.
 
-    The smallest model, the RNN on vectors, gets one thread, unless a GPU trains it: there threads only compile.
+    The smallest models, of one row per environment on vectors, get one thread, unless a GPU trains them: there threads
+    only compile.
     """
-    if config.algorithm == "rnn" and not sees_images(config) and not may_use_gpu():
+    if not has_particles(config) and not sees_images(config) and not may_use_gpu():
         spare_threads()
 
 
 def settle(config) -> None:
     """Settles the heap of a process that trains `config`; to be called once its program is compiled.
 
-    Only the largest model, DVRL on images, has so much working memory that a kept heap pays: to the many short
-    operations of the others it is a loss (`docs/performance.md`).
+    Only the largest models, of particles on images, have so much working memory that a kept heap pays: to the many
+    short operations of the others it is a loss (`docs/performance.md`).
     """
-    if config.algorithm == "dvrl" and sees_images(config):
+    if has_particles(config) and sees_images(config):
         keep_one_heap()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import acting, envs
 from dvrl_jax.agents import Agent
 from dvrl_jax.envs import Environment
 from dvrl_jax.errors import RunError
@@ -68,7 +68,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
     Raises:
         RunError: there is no such checkpoint, or it does not fit.
     """
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     graphdef, params, batch_stats = nnx.split(agent, nnx.Param, nnx.BatchStat)
     while True:
         saver = checkpoints.Checkpoints(path / "checkpoints", keep=1, read_only=True)
@@ -84,7 +84,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
     return agent, step
 
 
-def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Games:
+def play_games(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Games:
     """Plays one whole game in each of the environments.
 
     Args:
@@ -96,13 +96,13 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> tuple[Array, Array, Array]:
         del agent, key
         state = turn.after
-        return state.true_reward, state.transition, state.game_over & state.transition
+        return state.true_reward, state.valid, state.game_over & state.valid
 
     total, length, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64), np.zeros(env.num_envs, bool)
-    stretches = playing.play(agent, env, key, keep, greedy)
-    for rewards, transitions, ends in itertools.islice(stretches, MAX_STEPS // playing.STEPS_PER_CALL):
-        for reward, transition, end in zip(rewards, transitions, ends, strict=True):
-            counts = transition & ~over
+    stretches = playing.play_turns(agent, env, key, keep, greedy)
+    for rewards, valid, ends in itertools.islice(stretches, MAX_STEPS // playing.STEPS_PER_CALL):
+        for reward, is_valid, end in zip(rewards, valid, ends, strict=True):
+            counts = is_valid & ~over
             total += np.where(counts, reward, 0.0)
             length += counts
             over |= end
@@ -134,7 +134,7 @@ def evaluate(
     config = read_run_config(path, default)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = load_agent(path, config, env, checkpoint)
-    games = play(agent, env, jax.random.PRNGKey(seed), greedy)
+    games = play_games(agent, env, jax.random.PRNGKey(seed), greedy)
     return {"update": update, "greedy": greedy, "seed": seed} | games.summary()
 
 
@@ -149,7 +149,7 @@ def store(path: Path, summary: dict[str, Any]) -> None:
     run_directory.replace(file, json.dumps(summary, indent=1) + "\n")
 
 
-def draw(
+def write_video(
     path: Path, default: ConfigDict, video: Path, max_steps: int, greedy: bool, checkpoint: str, seed: int
 ) -> recording.Recording:
     """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows.

@@ -1,6 +1,6 @@
 """Playing with given weights, outside of training: evaluations, videos and probes are all made of these turns.
 
-`play` goes on for ever and keeps what it is asked to; `watch` keeps everything, beliefs included, of some turns.
+`play_turns` goes on for ever and keeps what it is asked to; `watch` keeps everything, beliefs included, of some turns.
 """
 
 import functools
@@ -13,10 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c
-from dvrl_jax.agents import Agent, bind
-from dvrl_jax.agents.base import Prediction
-from dvrl_jax.envs import Environment, EnvState
+from dvrl_jax import acting
+from dvrl_jax.agents import Agent, PredictionStart, bind
+from dvrl_jax.envs import BatchedEnvironment, EnvState
 from dvrl_jax.runs import compilation
 
 Array = jax.Array
@@ -29,14 +28,14 @@ class Turn(NamedTuple):
 
     Attributes:
         before: what the environments showed. after: what they answered to the action.
-        fresh: [B] bool, it was the first observation of an episode.
-        last: the belief that took the observation in, ready to predict from.
+        is_first: [B] bool, it was the first observation of an episode.
+        start: the belief that took the observation in, ready to predict from.
         policy: of the B environments. value: [B]. action: [B] or [B, A].
     """
 
     before: EnvState
-    fresh: Array
-    last: Prediction
+    is_first: Array
+    start: PredictionStart
     policy: distrax.Distribution
     value: Array
     action: Array
@@ -47,12 +46,12 @@ class Watched(NamedTuple):
     """T turns of B environments, every array [T, B, ...]; entry t is what held when action t was chosen.
 
     Attributes:
-        view: the true state, as `Environment.view` shows it.
+        view: the true state, as `BatchedEnvironment.view` shows it.
         obs: the observation that the agent got. observed: bool, it was not blanked.
-        fresh: bool, it was the first of an episode; belief and previous action started anew with it.
+        is_first: bool, it was the first of an episode; belief and previous action started anew with it.
         belief: the agent's, after that observation: a named tuple, of DVRL `dvrl_jax.agents.dvrl.Belief`.
         value: V. policy: [T, B, A] action probabilities (discrete) or means (continuous). action: [T, B] or [T, B, A].
-        reward: of the underlying game, for that action. transition: bool, False for a turn that does not count, because
+        reward: of the underlying game, for that action. valid: bool, False for a turn that does not count, because
             the environment only delivered an episode's first observation after it (see `EnvState`).
         game_over: bool, the action ended the game.
     """
@@ -60,40 +59,40 @@ class Watched(NamedTuple):
     view: Any
     obs: Array
     observed: Array
-    fresh: Array
+    is_first: Array
     belief: Any
     value: Array
     policy: Array
     action: Array
     reward: Array
-    transition: Array
+    valid: Array
     game_over: Array
 
 
-def look(agent: Agent, actor: a2c.Actor, key: Array) -> Prediction:
-    """Takes the observation at hand into the belief; the belief is in `Prediction.belief`."""
-    draws = jax.tree.map(lambda x: x[0], agent.draw(key, 1, actor.fresh.shape[0]))
-    h_prev = agent.restart(actor.belief, actor.fresh).h
-    belief, info, prev_action = a2c.observe(agent, actor, draws)
-    return Prediction(belief, h_prev, info.trace, prev_action)
+def observe(agent: Agent, actor: acting.Actor, key: Array) -> PredictionStart:
+    """Takes the observation at hand into the belief; the belief is in `PredictionStart.belief`."""
+    noise = jax.tree.map(lambda x: x[0], agent.draw(key, 1, actor.is_first.shape[0]))
+    before = agent.restart(actor.belief, actor.is_first)
+    belief, info = acting.observe(agent, actor, noise)
+    return PredictionStart(belief, before.carry, info.trace, acting.timestep_of(agent, actor))
 
 
 def take_turn(
-    agent: Agent, env: Environment, actor: a2c.Actor, key: Array, greedy: bool = False
-) -> tuple[a2c.Actor, Turn]:
-    """Looks, acts, and steps the environment; `greedy` takes the most probable action instead of sampling."""
-    look_key, action_key = jax.random.split(key)
-    last = look(agent, actor, look_key)
-    policy, value = agent.heads(last.belief)
+    agent: Agent, env: BatchedEnvironment, actor: acting.Actor, key: Array, greedy: bool = False
+) -> tuple[acting.Actor, Turn]:
+    """Observes, acts, and steps the environment; `greedy` takes the most probable action instead of sampling."""
+    observe_key, action_key = jax.random.split(key)
+    start = observe(agent, actor, observe_key)
+    policy, value = agent.heads(start.belief)
     action = policy.mode() if greedy else policy.sample(seed=action_key)
-    state = env.step(actor.env, action)
-    turn = Turn(actor.env, actor.fresh, last, policy, value, action, state)
-    return a2c.Actor(state, last.belief, agent.action_vector(action), state.done | ~state.transition), turn
+    after = env.step(actor.env, action)._replace(final_obs=())
+    turn = Turn(actor.env, actor.is_first, start, policy, value, action, after)
+    return acting.Actor(after, start.belief, agent.action_vector(action), after.done | ~after.valid), turn
 
 
-def play(
+def play_turns(
     agent: Agent,
-    env: Environment,
+    env: BatchedEnvironment,
     key: Array,
     keep: Callable[[Agent, Turn, Array], Any],
     greedy: bool = False,
@@ -109,14 +108,14 @@ def play(
     """
     graphdef, weights = nnx.split(agent)
 
-    def step(weights: nnx.State, actor: a2c.Actor, key: Array) -> tuple[a2c.Actor, Any]:
+    def step(weights: nnx.State, actor: acting.Actor, key: Array) -> tuple[acting.Actor, Any]:
         player = bind(graphdef, weights)
         turn_key, keep_key = jax.random.split(key)
         actor, turn = take_turn(player, env, actor, turn_key, greedy)
         return actor, keep(player, turn, keep_key)
 
     reset_key, turns_key = jax.random.split(key)
-    actor = a2c.first_actor(agent, env.reset(reset_key))
+    actor = acting.first_actor(agent, env.reset(reset_key))
     keys_of = lambda call: jax.random.split(jax.random.fold_in(turns_key, call), steps_per_call)
     # The weights are an argument: one program, compiled once, plays every checkpoint.
     many = lambda weights, actor, keys: jax.lax.scan(functools.partial(step, weights), actor, keys)
@@ -127,27 +126,27 @@ def play(
         yield jax.tree.map(np.asarray, kept)
 
 
-def seen(env: Environment, turn: Turn) -> Watched:
+def seen(env: BatchedEnvironment, turn: Turn) -> Watched:
     """All of a turn, without the leading axis over turns."""
     before, after, policy = turn.before, turn.after, turn.policy
     return Watched(
         view=env.view(before),
         obs=before.obs,
         observed=before.observed,
-        fresh=turn.fresh,
-        belief=turn.last.belief,
+        is_first=turn.is_first,
+        belief=turn.start.belief,
         value=turn.value,
         policy=policy.probs if env.action.discrete else policy.loc,
         action=turn.action,
         reward=after.true_reward,
-        transition=after.transition,
+        valid=after.valid,
         game_over=after.game_over,
     )
 
 
 def watch(
     agent: Agent,
-    env: Environment,
+    env: BatchedEnvironment,
     key: Array,
     steps: int,
     keep: Callable[[Agent, Turn, Array], Any] | None = None,
@@ -168,5 +167,5 @@ def watch(
         raise ValueError(f"steps = {steps}: must be at least 1")
     keep = keep or (lambda agent, turn, key: seen(env, turn))
     per_call = min(steps, STEPS_PER_CALL)
-    stretches = itertools.islice(play(agent, env, key, keep, greedy, per_call), -(-steps // per_call))
+    stretches = itertools.islice(play_turns(agent, env, key, keep, greedy, per_call), -(-steps // per_call))
     return jax.tree.map(lambda *x: np.concatenate(x)[:steps], *stretches)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import a2c, acting, envs
 from dvrl_jax.agents import bind
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import compilation, run_directory
@@ -38,10 +38,10 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
     """
 
     @functools.partial(jax.jit, compiler_options=compilation.options())
-    def reconstruct(params: nnx.State, batch_stats: nnx.State, actor: a2c.Actor, key: Array) -> dict[str, Array]:
+    def reconstruct(params: nnx.State, batch_stats: nnx.State, actor: acting.Actor, key: Array) -> dict[str, Array]:
         agent = bind(graphdef, params, batch_stats)
-        look_key, predict_key = jax.random.split(key)
-        predicted = agent.predict(playing.look(agent, actor, look_key), times, predict_key)
+        observe_key, predict_key = jax.random.split(key)
+        predicted = agent.predict(playing.observe(agent, actor, observe_key), times, predict_key)
         seen = {"observation": actor.env.obs, "observed": actor.env.observed}
         return seen | {f"prediction_{dt}": value for dt, value in predicted.items()}
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.agents import Agent
-from dvrl_jax.agents.base import Prediction
+from dvrl_jax.agents import Agent, PredictionStart
 from dvrl_jax.envs import Environment
 from dvrl_jax.viewing import playing
 
@@ -53,14 +52,14 @@ class Recording(NamedTuple):
         return np.asarray(pf.effective_sample_size(self.weights))
 
 
-def particles_alone(agent: Agent, last: Prediction, key: Array) -> Array:
+def particles_alone(agent: Agent, start: PredictionStart, key: Array) -> Array:
     """Reconstructions [B, K, ...] of each particle alone: predictions as if it had all the weight."""
-    num_particles = last.belief.log_weight.shape[-1]
+    num_particles = start.belief.log_weight.shape[-1]
 
     def alone(k):
         log_weight = jnp.where(jnp.arange(num_particles) == k, 0.0, -jnp.inf)
-        belief = last.belief._replace(log_weight=jnp.broadcast_to(log_weight, last.belief.log_weight.shape))
-        return agent.predict(last._replace(belief=belief), (0,), key)[0]
+        belief = start.belief._replace(log_weight=jnp.broadcast_to(log_weight, start.belief.log_weight.shape))
+        return agent.predict(start._replace(belief=belief), (0,), key)[0]
 
     return jax.vmap(alone, out_axes=1)(jnp.arange(num_particles))
 
@@ -85,25 +84,25 @@ def record(
         raise ValueError(f"max_steps = {max_steps}: must be at least 1")
 
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> dict[str, Any]:
-        last = turn.last
-        seen = playing.seen(env, turn)._asdict() | {"predictions": agent.predict(last, times, key)}
-        del seen["fresh"]
+        start = turn.start
+        seen = playing.seen(env, turn)._asdict() | {"predictions": agent.predict(start, times, key)}
+        del seen["is_first"]
         # Beliefs made of weighted particles say so by this field.
-        if hasattr(last.belief, "log_weight"):
-            seen["weights"] = pf.normalised_weights(last.belief.log_weight)
-            if not env.observation.is_image and 0 in agent.predict(last, (0,), key):
-                seen["particles"] = particles_alone(agent, last, key)
+        if hasattr(start.belief, "log_weight"):
+            seen["weights"] = pf.normalised_weights(start.belief.log_weight)
+            if not env.observation.is_image and 0 in agent.predict(start, (0,), key):
+                seen["particles"] = particles_alone(agent, start, key)
         return jax.tree.map(lambda x: x[0], seen)
 
     parts: list[dict[str, Any]] = []
-    stretches = playing.play(agent, env, key, keep, greedy, STEPS_PER_CALL)
+    stretches = playing.play_turns(agent, env, key, keep, greedy, STEPS_PER_CALL)
     for part in itertools.islice(stretches, -(-max_steps // STEPS_PER_CALL)):
         parts.append(part)
         if part["game_over"].any():
             break
     everything = jax.tree.map(lambda *x: np.concatenate(x)[:max_steps], *parts)
     over = everything.pop("game_over")
-    counts = everything.pop("transition")
+    counts = everything.pop("valid")
     if over.any():
         counts &= np.arange(len(over)) <= np.argmax(over)
     # Calls that only delivered a new episode's first frame are no steps of the game.
