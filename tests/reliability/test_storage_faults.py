@@ -294,7 +294,8 @@ FILE_SIZE_LIMIT = """
 import contextlib, resource, sys
 from typing import Any, NamedTuple
 import numpy as np
-from dvrl_jax.runs import checkpoints, run_directory
+from dvrl_jax.errors import RunError
+from dvrl_jax.runs import checkpoints
 
 class State(NamedTuple):
     update: Any
