@@ -1,48 +1,6 @@
 """Plays whole games with a trained agent: python evaluate.py --workdir=saved_runs/3 [--video=out.mp4]"""
 
-from pathlib import Path
-
-from absl import flags
-
-from configs import default
-from dvrl_jax.runs import command_line, config, process
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1, upper_bound=config.LARGEST)
-GREEDY = flags.DEFINE_boolean("greedy", False, "Take the most probable action instead of sampling.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
-SEED = flags.DEFINE_integer(
-    "seed", 1_000_000, "Fixes games and draws; other than in training by default.", lower_bound=0, upper_bound=2**31 - 1
-)
-VIDEO = flags.DEFINE_string("video", None, "Also draws one game's belief: name of an .mp4, .gif or .png (a still).")
-VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the video shows.", lower_bound=1)
-
-
-def main() -> int:
-    process.share_gpu()
-
-    from dvrl_jax.viewing import evaluation
-
-    path = Path(WORKDIR.value)
-    video = Path(VIDEO.value) if VIDEO.value else None
-    if video:
-        evaluation.check_video(path, default.get_config(), video)
-    args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
-    result = evaluation.evaluate(path, default.get_config(), *args)
-    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
-    print(f"checkpoint of update {result['update']:,}, {result['episodes']} games")
-    print(f"return {result['mean']:.2f}{error} (mean and standard error)")
-    print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
-    print(f"{result['mean_length']:.0f} steps per game")
-    try:
-        evaluation.store(path, result)
-    finally:  # The video need not be stored where the result is.
-        if video:
-            shown = (GREEDY.value, str(result["update"]), SEED.value)
-            evaluation.write_video(path, default.get_config(), video, VIDEO_STEPS.value, *shown)
-            print(video)
-    return 0
-
+from dvrl_jax.commands import evaluate
 
 if __name__ == "__main__":
-    command_line.run(main, default.get_config())
+    evaluate.run()

@@ -12,7 +12,6 @@ import matplotlib
 from absl import flags
 
 from benchmarks.throughput import machine, run_worker
-from configs import default
 from dvrl_jax.runs import command_line, markdown
 from dvrl_jax.runs import config as config_lib
 
@@ -34,7 +33,7 @@ def measure(config, seconds: float) -> dict[str, list[dict[str, float]]]:
     for field, (_, values) in AXES.items():
         found[field] = []
         for value in values:
-            changed = config_lib.merge(config, {field: value})
+            changed = config_lib.merge(config_lib.flatten(config) | {field: value})
             result = run_worker(changed, "ours", {}, {"seconds": seconds})
             names = ("ms", "steps_per_second", "memory_mb", "compile")
             found[field].append({"value": value} | {name: result[name] for name in names})
@@ -73,7 +72,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main() -> int:
-    found = measure(command_line.required_config(default.get_config()), FLAGS.seconds)
+    found = measure(command_line.required_config(), FLAGS.seconds)
     Path(f"{FLAGS.out}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, Path(f"{FLAGS.out}.png"))
     print(machine())
@@ -85,4 +84,4 @@ if __name__ == "__main__":
     command_line.define_config()
     flags.DEFINE_string("out", "growth", "Where the results go, without ending.")
     flags.DEFINE_float("seconds", 5.0, "Each measurement takes at least this long, after warm-up.")
-    command_line.run(main, default.get_config())
+    command_line.run(main)

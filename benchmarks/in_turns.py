@@ -27,7 +27,6 @@ from typing import Any
 from absl import flags
 
 from benchmarks.throughput import JOB, check_peer, machine, ready, with_job
-from configs import default
 from dvrl_jax import api
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, markdown, process
@@ -63,7 +62,7 @@ def parse(run: str):
         except (ValueError, SyntaxError):
             fields[field] = value
     config = api.make_config(name, *argument)
-    return config_lib.from_fields(config_lib.flatten(config) | fields, default.get_config())
+    return config_lib.from_fields(config_lib.flatten(config) | fields)
 
 
 class Worker:
@@ -225,4 +224,4 @@ if __name__ == "__main__":
         )
         flags.DEFINE_integer("train_first", 0, "Updates of ours before timing.", lower_bound=0)
         flags.DEFINE_string("out", "in_turns.json", "Where the results go; messages go into a directory beside it.")
-        command_line.run(main, default.get_config())
+        command_line.run(main)

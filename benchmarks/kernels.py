@@ -17,7 +17,6 @@ from typing import NamedTuple
 from absl import flags
 
 from benchmarks.throughput import make_program
-from configs import default
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process
 
@@ -79,7 +78,7 @@ def print_table(spans: list[Span], seconds: float, updates: int, top: int) -> No
 
 
 def main() -> int:
-    config = command_line.required_config(default.get_config())
+    config = command_line.required_config()
     process.prepare(config)
 
     import jax
@@ -106,4 +105,4 @@ if __name__ == "__main__":
     command_line.define_config()
     flags.DEFINE_integer("updates", 20, "Updates that are timed and traced, after as many to warm up.", lower_bound=1)
     flags.DEFINE_integer("top", 10, "How many kinds of kernels are listed.", lower_bound=1)
-    command_line.run(main, default.get_config())
+    command_line.run(main)

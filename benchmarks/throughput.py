@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from configs import default
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process
 from dvrl_jax.runs import config as config_lib
@@ -272,7 +271,7 @@ def with_job(config, kind: str, made: dict[str, Any], **more: Any) -> dict[str, 
 
     Of the configuration only what differs from the defaults, since another checkout may not know every field.
     """
-    defaults = config_lib.flatten(default.get_config())
+    defaults = config_lib.flatten(config_lib.default_config())
     fields = {name: x for name, x in config_lib.flatten(config).items() if name not in defaults or defaults[name] != x}
     job = {"fields": fields, "kind": kind, "made": made} | more
     return os.environ | {JOB: json.dumps(job)}
@@ -280,7 +279,7 @@ def with_job(config, kind: str, made: dict[str, Any], **more: Any) -> dict[str, 
 
 def ready(job: dict[str, Any]) -> Ours | Torch:
     """What measures a job's kind in this process, warmed up; `made` are its settings: `train_first` or `on_gpu`."""
-    config = config_lib.from_fields(job["fields"], default.get_config())
+    config = config_lib.from_fields(job["fields"])
     if job["kind"] == "torch":
         return Torch(config, **job["made"])
     process.prepare(config)  # As `train.py` does.
@@ -333,7 +332,7 @@ def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> int:
-    config = command_line.required_config(default.get_config())
+    config = command_line.required_config()
     if FLAGS.compare:
         check_peer(config)
     kinds = ["ours"] + ([FLAGS.compare] if FLAGS.compare else [])
@@ -369,4 +368,4 @@ if __name__ == "__main__":
             "train_first", 0, "Updates of ours before timing: its speed may depend on what is learned.", lower_bound=0
         )
         flags.DEFINE_boolean("parts", True, "Also measure the pieces of an update, once.")
-        command_line.run(main, default.get_config())
+        command_line.run(main)

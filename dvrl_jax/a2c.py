@@ -66,7 +66,7 @@ def a2c_losses(
     """L = c_v mean (R-V)^2 - c_a mean stopgrad(R-V) log pi(a) - c_h mean H + sum_i c_i mean l_i.
 
     Args:
-        value, log_prob, entropy, returns: [T, B]. auxiliary: the belief's own losses [T, B] by name (-ELBO: "encoding").
+        value, log_prob, entropy, returns: [T, B]. auxiliary: the belief's losses [T, B] by name ("encoding": -ELBO).
         mask: [T, B], which steps were transitions; the means are over those.
         coefs: has `value_coef`, `action_coef`, `entropy_coef`, and `<name>_coef` for each auxiliary loss.
     Returns:

@@ -26,7 +26,7 @@ Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
 
 
 def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
-    """A checked configuration from `configs/`.
+    """A checked configuration, from `dvrl_jax/configs` or else from a folder `configs` on sys.path.
 
     Args:
         name: of the file, for example "mountain_hike_dvrl". arguments: passed to it, such as the game for "atari_dvrl".
@@ -36,7 +36,7 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     """
     if not name.isidentifier() or name.startswith("_"):
         raise ConfigError(f"{name}: is not the name of a configuration, such as 'mountain_hike_dvrl'")
-    module = _import(name, f"{name}: ")
+    module = _import(name)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{name}: configs/{name}.py has no function get_config")
     said = ", ".join(map(str, arguments)) or "no argument"
@@ -50,31 +50,28 @@ def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
     config_lib.check_made(config, f"{name}: get_config")
     # Values may name another environment or belief model than the file: both have their settings.
     values = {field.replace("__", "."): value for field, value in fields.items()}
-    return config_lib.from_fields(config_lib.flatten(config) | values, default_config())
+    return config_lib.from_fields(config_lib.flatten(config) | values)
 
 
-def default_config() -> ConfigDict:
-    """The configuration that has every field.
-
-    Raises:
-        ConfigError: `configs/` is not there to be imported.
-    """
-    return _import("default").get_config()
-
-
-def _import(name: str, said_first: str = "") -> ModuleType:
-    """The module `configs/<name>.py`; messages begin with what is `said_first`.
+def _import(name: str) -> ModuleType:
+    """The module `<name>.py` of `dvrl_jax/configs`, or else of a folder `configs` on sys.path.
 
     Raises:
         ConfigError: it is not there to be imported.
     """
+    known = config_lib.shipped()
+    if name in known:
+        return importlib.import_module(f"dvrl_jax.configs.{name}")
     try:
         return importlib.import_module(f"configs.{name}")
     except ModuleNotFoundError as error:
         if error.name not in ("configs", f"configs.{name}"):
             raise
-        message = f"there is no configs/{name}.py on sys.path; run in the repository's root, or set PYTHONPATH to it"
-        raise ConfigError(said_first + message) from None
+        close = config_lib.suggestion(name, known)
+        message = (
+            f"there is no configs/{name}.py in dvrl_jax or on sys.path{close} (configurations are {', '.join(known)})"
+        )
+        raise ConfigError(f"{name}: {message}") from None
 
 
 class Run(NamedTuple):
@@ -92,10 +89,9 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
         path: of the directory. checkpoint: "best" (by `result.true`), "latest", or an update number.
     Raises:
         RunError: there is no run, or no such checkpoint, or it is damaged; the message says what there is.
-        ConfigError: `configs/` is not there to be imported.
     """
     path = Path(path)
-    config = evaluation.read_run_config(path, default_config())
+    config = evaluation.read_run_config(path)
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read, which is what is wanted.
     try:

@@ -1,8 +1,8 @@
 """Convolutions, plain and transposed, as matrix products: XLA's CPU back end has no fast gradient for strided ones.
 
 With stride s and kernel k = m * s, an image in blocks of s x s pixels turns both kinds into convolutions of stride 1
-with m x m taps between blocks. Those are one product of all m*m taps at once, by shifted copies (`shifted_product`), or,
-where that is faster, several smaller ones in tiles (`fast/tiles.py`). On a GPU the former go to the matrix units.
+with m x m taps between blocks. Those are one product of all m*m taps at once, by shifted copies (`shifted_product`),
+or, where that is faster, several smaller ones in tiles (`fast/tiles.py`). On a GPU the former go to the matrix units.
 """
 
 import dataclasses

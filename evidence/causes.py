@@ -19,9 +19,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from ml_collections import ConfigDict
 
-from configs import default
 from dvrl_jax import a2c, envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.acting import Actor
@@ -120,13 +118,13 @@ def variance_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]
     return {name: jnp.median(jnp.sqrt(var)) for name, var in numbers.items()}
 
 
-def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed: int) -> dict[str, Any]:
+def causes(path: Path, updates: int, checkpoint: str, seed: int) -> dict[str, Any]:
     """All numbers of a run's checkpoint, means over `updates` segments; also stored as `causes-<update>.json`.
 
     Raises:
         RunError: there is no run, no such checkpoint, or the run is of another task.
     """
-    config = evaluation.read_run_config(path, default)
+    config = evaluation.read_run_config(path)
     if config.env.name != "MountainHike":
         raise RunError(f"{path}: is a run of {config.env.name}; this reads policies of Mountain Hike")
     env = envs.make_env(config.env, config.num_envs, seed)
@@ -176,7 +174,7 @@ def causes(path: Path, default: ConfigDict, updates: int, checkpoint: str, seed:
 
 def main() -> int:
     process.share_gpu()
-    result = causes(Path(FLAGS.workdir), default.get_config(), FLAGS.updates, FLAGS.checkpoint, FLAGS.seed)
+    result = causes(Path(FLAGS.workdir), FLAGS.updates, FLAGS.checkpoint, FLAGS.seed)
     print(f"checkpoint of update {result['update']:,}, means over {result['updates']} updates' worth of steps\n")
     print(
         markdown.table(["what", "mean"], [[name, f"{x:.4g}"] for name, x in sorted(result["numbers"].items())]), end=""
@@ -192,4 +190,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
     seed = "Fixes episodes and draws; other than in training and evaluation."
     flags.DEFINE_integer("seed", 3_000_000, seed, lower_bound=0, upper_bound=2**31 - 1)
-    command_line.run(main, default.get_config())
+    command_line.run(main)

@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from configs import default
 from dvrl_jax import envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
@@ -166,14 +164,14 @@ def estimates(played: Episodes, observation_std: float) -> list[dict[str, Any]]:
     return found
 
 
-def probe(path: Path, default: ConfigDict, episodes: int, checkpoint: str, seed: int) -> dict[str, Any]:
+def probe(path: Path, episodes: int, checkpoint: str, seed: int) -> dict[str, Any]:
     """Plays `episodes` episodes with a run's checkpoint; returns and stores what its state says about its position.
 
     The file is `probe-<update>.json`.
     Raises:
         RunError: there is no run, no such checkpoint, or the run is of another task.
     """
-    config = evaluation.read_run_config(path, default)
+    config = evaluation.read_run_config(path)
     if config.env.name != "MountainHike":
         raise RunError(f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare")
     if config.env.p_blank > 0:
@@ -216,7 +214,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     process.share_gpu()
     path = Path(FLAGS.workdir)
-    result = probe(path, default.get_config(), FLAGS.episodes, FLAGS.checkpoint, FLAGS.seed)
+    result = probe(path, FLAGS.episodes, FLAGS.checkpoint, FLAGS.seed)
     print(f"checkpoint of update {result['update']:,}, noise {result['observation_std']:g}")
     print(f"{result['episodes']} episodes, return {result['mean_return']:.2f} +- {result['standard_error']:.2f}")
     print(f"root mean squared error of the position in box units, on {result['held_out']} held-out episodes:\n")
@@ -232,4 +230,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "best", "'best' (by result.true), 'latest', or an update number.")
     seed = "Fixes episodes and draws; other than in training and evaluation."
     flags.DEFINE_integer("seed", 2_000_000, seed, lower_bound=0, upper_bound=2**31 - 1)
-    command_line.run(main, default.get_config())
+    command_line.run(main)

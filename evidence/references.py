@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from configs import default
 from dvrl_jax.envs import MountainHike
 from dvrl_jax.envs import mountain_hike as hike
 from dvrl_jax.errors import ConfigError, RunError
@@ -226,4 +225,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("finer", True, "Do it all again with half the spacing and twice the directions.")
     flags.DEFINE_integer("seed", 0, "Fixes starts and noise.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_string("out", None, "JSON file to write.")
-    command_line.run(main, default.get_config())
+    command_line.run(main)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from configs import default
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, markdown, run_directory
 from dvrl_jax.runs import config as config_lib
@@ -84,7 +83,7 @@ def load(folder: Path) -> Stored:
     paths = sorted(path.parent for path in folder.rglob("config.json"))
     if not paths:
         raise RunError(f"{folder}: holds no runs")
-    defaults = config_lib.flatten(default.get_config())
+    defaults = config_lib.flatten(config_lib.default_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
     groups = list(plotting.group_runs(loaded).values())
@@ -325,4 +324,4 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     flags.DEFINE_boolean("check", False, "Change nothing; exit code 1 if a table differs.")
-    command_line.run(main, default.get_config())
+    command_line.run(main)

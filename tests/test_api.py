@@ -40,13 +40,22 @@ def test_wrong_names_are_answered_in_one_sentence():
         dvrl_jax.make_config("mountain_hike_rnn", model__h_dm=3)
 
 
-def test_without_configurations_it_is_said_where_they_are_looked_for(tmp_path, monkeypatch):
+def test_a_configuration_is_shipped_or_in_a_folder_configs_on_the_path(tmp_path, monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "configs").is_dir()])
-    for call in (lambda: dvrl_jax.load_run(tmp_path), lambda: dvrl_jax.make_config("mountain_hike_rnn")):
-        with pytest.raises(ConfigError, match=r"there is no configs/\w+\.py on sys\.path; run in"):
-            call()
+    assert dvrl_jax.make_config("mountain_hike_rnn").env.name == "MountainHike"
+    with pytest.raises(
+        ConfigError, match=r"there is no configs/pong_rn\.py in dvrl_jax or on sys\.path; did you mean po"
+    ):
+        dvrl_jax.make_config("pong_rn")
+    (tmp_path / "configs").mkdir()
+    text = "from dvrl_jax.configs import default\n\n\ndef get_config():\n    return default.get_config()\n"
+    (tmp_path / "configs" / "pong_rn.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dvrl_jax.make_config("pong_rn", seed=3).seed == 3
+    for module in ("configs", "configs.pong_rn"):
+        monkeypatch.delitem(sys.modules, module)
 
 
 def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import default
 from dvrl_jax.errors import ConfigError
+from dvrl_jax.runs import command_line
 from dvrl_jax.runs import config as config_lib
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ NAMES = ["pong_dvrl", "pong_rnn", "atari_dvrl", "atari_rnn", "mountain_hike_dvrl
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_is_valid(name):
     config = config_lib.finalise(importlib.import_module(f"configs.{name}").get_config())
-    assert config_lib.flatten(config).keys() == config_lib.flatten(default.get_config()).keys()
+    assert config_lib.flatten(config).keys() == config_lib.flatten(config_lib.default_config()).keys()
     assert config.model.resample == (config.loss.encoding_coef > 0)
 
 
@@ -104,19 +104,19 @@ def test_an_rnn_has_both_weights_of_its_observation_loss_or_none():
 def test_stored_configurations_are_checked():
     for values, message in [({"modle.h_dim": 3}, "did you mean model.h_dim"), ({"seed": "x"}, "seed = 'x'")]:
         with pytest.raises(ConfigError, match=message):
-            config_lib.merge(default.get_config(), values)
-    merged = config_lib.merge(default.get_config(), {"model.channels": [1, 2, 3], "loss.gamma": 1})
+            config_lib.merge(values)
+    merged = config_lib.merge({"model.channels": [1, 2, 3], "loss.gamma": 1})
     assert merged.model.channels == (1, 2, 3) and merged.loss.gamma == 1.0
 
 
 def test_numbers_of_numpy_are_numbers():
-    merged = config_lib.merge(default.get_config(), {"seed": np.int64(3), "loss.gamma": np.float32(0.5)})
+    merged = config_lib.merge({"seed": np.int64(3), "loss.gamma": np.float32(0.5)})
     assert type(merged.seed) is int and type(merged.loss.gamma) is float
 
 
 def test_description_marks_what_differs():
     config = importlib.import_module("configs.pong_rnn").get_config()
-    lines = config_lib.describe(config, default.get_config()).splitlines()
+    lines = config_lib.describe(config).splitlines()
     marked = {line.split()[1] for line in lines if line.startswith("*")}
     assert {"env.name", "env.p_blank", "bptt_segments"} <= marked and "num_envs" not in marked
 
@@ -168,6 +168,11 @@ COMMANDS = [
     (["--config=configs/mountain_hike_rnn.py", "--config.model.hdim=3"], "model.hdim"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model.h_dim=1.5"], "config.model.h_dim"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--config=nothing"], "'nothing' (configurations are atari_dvrl, atari_rnn, default, "),
+    (["--config=pond_rnn"], "did you mean pong_rnn?"),
+    (["--config=configs/pond_rnn.py"], "did you mean configs/pong_rnn.py?"),
+    (["--config", "atari_dvrl:Pnog"], "env.name"),
+    (["--config=pong_dvrl:Asteroids"], "'Asteroids'"),
     (["--config.seed=3"], "--config.seed: needs a configuration too"),
     (["--config=configs/atari_dvrl.py:Pnog"], "env.name"),
     (["--cofnig=configs/pong_dvrl.py"], "cofnig"),
@@ -187,6 +192,20 @@ def test_the_command_line_refuses_in_one_sentence(arguments, named, tmp_path):
     assert result.returncode == 2
     assert named in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_is_the_file_that_the_package_ships(tmp_path, monkeypatch):
+    files = config_lib.shipped()
+    for given, found in [
+        (["--config=pong_rnn"], [f"--config={files['pong_rnn']}"]),
+        (["-config", "atari_rnn:Asteroids", "--x"], [f"-config={files['atari_rnn']}:Asteroids", "--x"]),
+        (["--x=pong_rnn", "--config=configs/pong_rnn.py"], ["--x=pong_rnn", "--config=configs/pong_rnn.py"]),
+        (["--config"], ["--config"]),
+    ]:
+        assert command_line._with_files(given) == found
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pong_rnn").write_text("a file of that name comes first")
+    assert command_line._with_files(["--config=pong_rnn"]) == ["--config=pong_rnn"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from configs import default
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import run_directory
 from evidence import tables
@@ -59,7 +58,9 @@ def test_links_lead_somewhere(page):
 
 
 def script_flags(script: Path) -> set[str]:
-    """Names of the flags that a script defines, with absl or with argparse."""
+    """Names of the flags that a script, or the command that it calls, defines with absl or with argparse."""
+    command = ROOT / "dvrl_jax" / "commands" / script.name
+    script = command if script.parent == ROOT and command.exists() else script
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
     defined = [call for call in methods if call.func.attr.startswith("DEFINE_") or call.func.attr == "add_argument"]
@@ -78,7 +79,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_commands_are_accepted(page):
-    fields = config_lib.flatten(default.get_config())
+    fields = config_lib.flatten(config_lib.default_config())
     for _, script, *arguments in commands(page):
         known = script_flags(ROOT / script)
         names = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("--")]
@@ -91,7 +92,8 @@ def test_commands_are_accepted(page):
                 assert name.removeprefix("no") in known or name in known, f"{script} --{name}"
         for word in arguments:
             if word.startswith("--config="):
-                assert (ROOT / word.removeprefix("--config=").partition(":")[0]).is_file(), word
+                name = word.removeprefix("--config=").partition(":")[0]
+                assert name in config_lib.shipped() or (ROOT / name).is_file(), word
 
 
 def test_the_plots_of_stored_runs_are_drawn(tmp_path):

@@ -13,7 +13,6 @@ import optax
 import pytest
 from scipy import stats
 
-from configs import default
 from dvrl_jax import a2c, api
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
@@ -264,10 +263,10 @@ def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
         config = config_lib.finalise(tiny.tiny_hike("rnn", **fields))
         (tmp_path / "config.json").write_text(config_lib.to_json(config))
         with pytest.raises(RunError, match=message):
-            probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
+            probe.probe(tmp_path, 8, "best", seed=0)
 
     with pytest.raises(RunError, match="holds no run"):
-        probe.probe(tmp_path, default.get_config(), 8, "best", seed=0)
+        probe.probe(tmp_path, 8, "best", seed=0)
     refused("is a run of Pong; only Mountain Hike", env__name="Pong", model__channels=(8, 8, 8))
     refused("has blank observations", env__p_blank=0.5)
     refused("no checkpoint 'best'")

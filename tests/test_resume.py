@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default
 from dvrl_jax import a2c, envs
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory, training
@@ -269,12 +268,12 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     best = max(saved, key=saved.get)
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {180, 200, best}
-    summary = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
+    summary = evaluation.evaluate(tmp_path, 7, greedy=False, checkpoint="best", seed=3)
     assert summary["update"] == best and summary["episodes"] == 7
     assert summary["lengths"] == [75] * 7
     evaluation.store(tmp_path, summary)
     assert json.loads((tmp_path / f"evaluation-{best}-7games-seed3.json").read_text()) == summary
-    again = evaluation.evaluate(tmp_path, default.get_config(), 7, greedy=False, checkpoint="best", seed=3)
+    again = evaluation.evaluate(tmp_path, 7, greedy=False, checkpoint="best", seed=3)
     assert again == summary
     with pytest.raises(RunError, match="there are"):
-        evaluation.evaluate(tmp_path, default.get_config(), 1, greedy=True, checkpoint="77", seed=0)
+        evaluation.evaluate(tmp_path, 1, greedy=True, checkpoint="77", seed=0)

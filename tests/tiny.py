@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from configs import default, mountain_hike_dvrl, mountain_hike_rnn
+from dvrl_jax.configs import mountain_hike_dvrl, mountain_hike_rnn
 from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import training
@@ -30,7 +30,7 @@ def none_blank(obs):
 
 def tiny_config(algorithm: str, **fields):
     """A small vector configuration; `fields` are dotted names with `__` for the dot."""
-    c = config_lib.with_settings(default.get_config(), [algorithm])
+    c = config_lib.with_settings([algorithm])
     c.algorithm = algorithm
     c.num_envs, c.num_steps, c.bptt_segments = 3, 2, 2
     c.model.channels, c.model.h_dim, c.model.z_dim, c.model.action_encoding = (8, 8), 8, 5, 4
@@ -60,9 +60,9 @@ def train(workdir, config, **overrides):
     if config is not None:
         config = config.copy_and_resolve_references()
         config.update_from_flattened_dict(overrides)
-    run, settings = training.prepare(workdir, config, overrides, default.get_config())
+    run, settings = training.prepare(workdir, config, overrides)
     try:
-        return training.train(run, settings, default.get_config())
+        return training.train(run, settings)
     finally:
         run.close()
 

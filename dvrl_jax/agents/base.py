@@ -391,8 +391,8 @@ def check(agent: Agent, num_envs: int) -> None:
     name, belief = type(agent).__name__, agent.initial(num_envs)
     if not hasattr(belief, "_replace") or not hasattr(belief, "carry"):
         raise RunError(
-            f"{name}: initial returns {type(belief).__name__}, and must return a named tuple with a `carry`: the arrays "
-            f"[{num_envs}, ...] that the recurrence starts from"
+            f"{name}: initial returns {type(belief).__name__}, and must return a named tuple with a `carry`: the "
+            f"arrays [{num_envs}, ...] that the recurrence starts from"
         )
     for path, x in jax.tree_util.tree_leaves_with_path(belief.carry):
         if jnp.shape(x)[:1] != (num_envs,) or not jnp.issubdtype(jnp.result_type(x), jnp.floating):

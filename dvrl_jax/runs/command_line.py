@@ -1,5 +1,7 @@
-"""Command lines with `--config=FILE` and `--config.group.field=value`: flags, parsing, errors in one sentence."""
+"""Command lines with `--config=NAME` and `--config.group.field=value`: flags, parsing, errors in one sentence."""
 
+import difflib
+import itertools
 import os
 import re
 import signal
@@ -7,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import jax
 from absl import app, flags, logging
@@ -14,9 +17,11 @@ from ml_collections import ConfigDict, config_flags
 
 from dvrl_jax.errors import ConfigError, DiscoveryError, RunError
 from dvrl_jax.runs import compilation, process
-from dvrl_jax.runs.config import check_fields, check_made, flatten, from_fields, with_settings
+from dvrl_jax.runs.config import check_fields, check_made, flatten, from_fields, shipped, with_settings
 
 USAGE_ERROR = 2  # Exit code for everything that the user can put right.
+
+CONFIG = ("--config", "-config")  # The flag, in both spellings that absl knows.
 
 FLAGS = flags.FLAGS
 
@@ -25,7 +30,9 @@ def define_config() -> None:
     """Defines `--config`."""
     # Settings that the file leaves out may be given all the same; `run` has made sure that there are such fields.
     given = {"lock_config": False, "accept_new_attributes": True}
-    config_flags.DEFINE_config_file("config", None, "Configuration file, for example configs/pong_dvrl.py.", **given)
+    config_flags.DEFINE_config_file(
+        "config", None, "Configuration: its name, for example pong_dvrl, or a file.", **given
+    )
 
 
 def config_and_overrides():
@@ -41,27 +48,25 @@ def config_and_overrides():
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
 
 
-def required_config(default: ConfigDict) -> ConfigDict:
-    """The configuration given on the command line, finalised; `default` is the one that has every field.
+def required_config() -> ConfigDict:
+    """The configuration given on the command line, finalised.
 
     Raises:
         ConfigError: there is none, or its fields or values are impossible.
     """
     config, _ = config_and_overrides()
     if config is None:
-        raise ConfigError("--config: must name a configuration file, for example configs/pong_dvrl.py")
-    return from_fields(flatten(config), default)
+        raise ConfigError("--config: must name a configuration, for example pong_dvrl")
+    return from_fields(flatten(config))
 
 
-def run(main: Callable[[], int], default: ConfigDict) -> None:
-    """Parses the flags and exits with what `main` returns; a mistake of the user's ends in one sentence.
-
-    `default` is the configuration that has every field.
-    """
+def run(main: Callable[[], int]) -> None:
+    """Parses the flags and exits with what `main` returns; a mistake of the user's ends in one sentence."""
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            _check_config_arguments(argv[1:], default)
+            argv = [argv[0], *_with_files(argv[1:])]
+            _check_config_arguments(argv[1:])
             rest = _parse(argv)
             if len(rest) > 1:
                 raise ConfigError(
@@ -85,8 +90,17 @@ def run(main: Callable[[], int], default: ConfigDict) -> None:
                 raise
             _fail(lacking)
 
+    _describe_by(sys.modules[main.__module__])
     process.outlive_readers()
     app.run(guarded, flags_parser=parse)
+
+
+def _describe_by(module: ModuleType) -> None:
+    """Lets `--help` show a module's docstring and flags, whatever script has called its `main`."""
+    script = sys.modules["__main__"]
+    script.__doc__ = script.__doc__ or module.__doc__
+    for flag in FLAGS.get_flags_for_module(module.__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _leave(signum: int, frame) -> None:
@@ -150,24 +164,38 @@ def _mistake_in(file: Path, argument: str | None, error: BaseException) -> str |
     return f"{path}, line {line}: {said}"
 
 
-def _config_files(arguments: list[str]) -> list[tuple[Path, str | None]]:
-    """The configuration files that a command line names, each with its argument (`FILE:argument`)."""
-    found = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        argument = f"--config={following}" if argument in ("--config", "-config") else argument
-        if match := re.match(r"--?config=([^:]*)(?::(.*))?$", argument):
-            found.append((Path(match[1]), match[2]))
+def _with_files(arguments: list[str]) -> list[str]:
+    """The command line with `--config X` as `--config=X`, and with the file of a shipped configuration for its name."""
+    known, found, left = shipped(), [], iter(arguments)
+    for argument in left:
+        if argument in CONFIG:
+            argument = "=".join([argument, *itertools.islice(left, 1)])
+        flag, equals, value = argument.partition("=")
+        name, colon, rest = value.partition(":")
+        if flag in CONFIG and name in known and not Path(name).is_file():
+            value = f"{known[name]}{colon}{rest}"
+        found.append(f"{flag}{equals}{value}")
     return found
 
 
-def _check_config_arguments(arguments: list[str], default: ConfigDict) -> None:
+def _config_files(arguments: list[str]) -> list[tuple[Path, str | None]]:
+    """The configuration files that a command line (`_with_files`) names, each with its argument (`FILE:argument`)."""
+    matches = [re.match(r"--?config=([^:]*)(?::(.*))?$", argument) for argument in arguments]
+    return [(Path(match[1]), match[2]) for match in matches if match]
+
+
+def _check_config_arguments(arguments: list[str]) -> None:
     """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
-    check_fields(fields, with_settings(default))
+    check_fields(fields, with_settings())
     files = _config_files(arguments)
     if fields and "config" in FLAGS and not files:
-        raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=configs/pong_dvrl.py")
+        raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=pong_dvrl")
     for file, _ in files:
         if not file.is_file():
-            available = ", ".join(sorted(path.stem for path in Path("configs").glob("[a-z]*.py")))
-            raise ConfigError(f"--config: there is no file {str(file)!r} (in configs/: {available or 'nothing'})")
+            known = {name: name for name in shipped()}
+            if file.parent != Path():
+                known |= {path.stem: str(path) for path in file.parent.glob("[a-z]*.py")}
+            close = [f"; did you mean {known[stem]}?" for stem in difflib.get_close_matches(file.stem, known, n=1)]
+            said = f"there is neither a configuration nor a file {str(file)!r}{''.join(close)}"
+            raise ConfigError(f"--config: {said} (configurations are {', '.join(shipped())})")

@@ -1,4 +1,4 @@
-"""Checking, comparing and storing configurations. What the fields mean is said in `configs/default.py`."""
+"""Checking, comparing and storing configurations. What the fields mean is said in `dvrl_jax/configs/default.py`."""
 
 import difflib
 import json
@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dvrl_jax import agents, envs, networks
+from dvrl_jax.configs import default
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory
 
@@ -17,6 +18,16 @@ from dvrl_jax.runs import run_directory
 CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
 
 LARGEST = 1_000_000  # No size is sensibly larger; far larger ones would overflow rather than run out of memory.
+
+
+def default_config() -> ConfigDict:
+    """A new configuration with every field, and no settings of single environments or belief models."""
+    return default.get_config()
+
+
+def shipped() -> dict[str, Path]:
+    """The files of `dvrl_jax/configs` by name, such as "pong_dvrl"."""
+    return {path.stem: path for path in sorted(Path(default.__file__).parent.glob("[a-z]*.py"))}
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -46,14 +57,14 @@ def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if field != "seed" and not is_changeable(field)}
 
 
-def check_fields(names: Iterable[str], default: ConfigDict) -> None:
+def check_fields(names: Iterable[str], config: ConfigDict) -> None:
     """Raises ConfigError if one of the dotted names is no field, or a whole group, of a configuration."""
-    known = flatten(default)
+    known = flatten(config)
     for name in names:
         if within := [field for field in known if field.startswith(f"{name}.")]:
             raise ConfigError(f"{name}: is a group of fields, each of which is given by itself, such as {within[0]}")
         if name not in known:
-            raise ConfigError(f"{name}: there is no such field{_suggestion(name, known)}")
+            raise ConfigError(f"{name}: there is no such field{suggestion(name, known)}")
 
 
 def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]]:
@@ -64,24 +75,25 @@ def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]
                 yield from ((name, group, setting, value) for setting, value in kind.settings.items())
 
 
-def with_settings(default: ConfigDict, names: Iterable[Any] | None = None) -> ConfigDict:
-    """A copy of `default` that has what environments and belief models of these names (None: all) can set besides."""
-    config = default.copy_and_resolve_references()
+def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
+    """The default configuration and what environments and belief models of these names (None: all) can set besides."""
+    config = default_config()
     for _, group, setting, value in _settings(names):
         if setting not in config[group]:
             config[group][setting] = value
     return config
 
 
-def merge(default: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `default` with other values, by dotted name, as read from JSON.
+def merge(values: Mapping[str, Any]) -> ConfigDict:
+    """The default configuration with other values, by dotted name, as read from JSON.
 
     It also has the settings of its environment and belief model that not every configuration has.
 
     Raises:
         ConfigError: a field is unknown or its value has the wrong type.
     """
-    config = with_settings(default, [values.get(x, flatten(default)[x]) for x in ("env.name", "algorithm")])
+    defaults = flatten(default_config())
+    config = with_settings([values.get(x, defaults[x]) for x in ("env.name", "algorithm")])
     known = flatten(config)
     check_fields(values, config)
     for field, value in values.items():
@@ -113,7 +125,8 @@ def _same_type(reference: Any, value: Any) -> bool:
     return type(reference) is type(value)
 
 
-def _suggestion(word: str, known) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: "; did you mean <the closest known one>?", or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -128,23 +141,23 @@ def has_particles(config: ConfigDict) -> bool:
     return agents.named()[config.algorithm].rows_per_env(config.model) > 1
 
 
-def from_fields(fields: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
-    """The finalised configuration that has these fields, by dotted name, and all others as in `default`.
+def from_fields(fields: Mapping[str, Any]) -> ConfigDict:
+    """The finalised configuration that has these fields, by dotted name, and all others by default.
 
     Raises:
-        ConfigError: a field is unknown, or its value impossible or of another type than in `default`.
+        ConfigError: a field is unknown, or its value impossible or of another type than the default.
     """
-    config = merge(default, fields)
+    config, defaults = merge(fields), default_config()
     for name, group, setting, value in _settings([config.env.name, config.algorithm]):
-        if default[group].get(setting, value) != value:
+        if defaults[group].get(setting, value) != value:
             raise ConfigError(
-                f"{group}.{setting}: is {_short(default[group][setting])} by default, but {_short(value)} in the "
+                f"{group}.{setting}: is {_short(defaults[group][setting])} by default, but {_short(value)} in the "
                 f"settings of {name}, which must call it something else"
             )
     return finalise(config)
 
 
-def of_run(path: Path, default: ConfigDict, changes: Mapping[str, Any] = {}) -> ConfigDict | None:
+def of_run(path: Path, changes: Mapping[str, Any] = {}) -> ConfigDict | None:
     """The configuration stored in a run's directory, with `changes` by dotted name; None if there is none.
 
     Raises:
@@ -154,7 +167,7 @@ def of_run(path: Path, default: ConfigDict, changes: Mapping[str, Any] = {}) -> 
     if fields is None:
         return None
     try:
-        return from_fields(fields | dict(changes), default)
+        return from_fields(fields | dict(changes))
     except ConfigError as error:
         raise RunError(f"{path / 'config.json'}: {error}") from None
 
@@ -232,7 +245,7 @@ def _check(c: ConfigDict) -> None:
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
     kind, own = envs.find(c.env.name), sorted(envs.named())
-    close = "" if kind else _suggestion(c.env.name, [*own, *envs.atari.game_names()])
+    close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
     try:
         shape = kind.observation_of(c.env, c.num_envs).shape
@@ -258,9 +271,9 @@ def as_stored(config: ConfigDict) -> dict[str, Any]:
     return json.loads(to_json(config))
 
 
-def describe(config: ConfigDict, default: ConfigDict) -> str:
+def describe(config: ConfigDict) -> str:
     """The whole configuration, a field a line; a star marks what differs from the defaults."""
-    fields, defaults = flatten(config), flatten(default)
+    fields, defaults = flatten(config), flatten(with_settings())
     width = max(map(len, fields))
     lines = []
     for field, value in fields.items():

@@ -43,16 +43,16 @@ HIKE_ENCODING_COEFS = (0.01, 1.0)
 
 
 class Experiment(NamedTuple):
-    """One setting to train with several seeds: a configuration file, and fields to change by dotted name."""
+    """One setting to train with several seeds: the name of a configuration, and fields to change by dotted name."""
 
     name: str
     config: str
     fields: Mapping[str, Any] = {}
 
     def arguments(self) -> list[str]:
-        """What follows `python train.py`, without seed, steps and directory."""
+        """What follows `dvrl-train`, without seed, steps and directory."""
         changes = [f"--config.{field}={value}" for field, value in self.fields.items()]
-        return [f"--config=configs/{self.config}", *changes]
+        return [f"--config={self.config}", *changes]
 
     def vary(self, name: str, field: str, value: Any) -> "Experiment":
         """Another experiment, which differs from this one in a single field."""
@@ -60,11 +60,11 @@ class Experiment(NamedTuple):
 
 
 def _atari(game: str, agent: str) -> Experiment:
-    return Experiment(f"atari/{game}/{agent}", f"atari_{agent}.py:{game}")
+    return Experiment(f"atari/{game}/{agent}", f"atari_{agent}:{game}")
 
 
 def _hike(kind: str, noise: float, agent: str) -> Experiment:
-    return Experiment(f"{kind}/{noise}/{agent}", f"{HIKES[kind]}_{agent}.py", {"env.observation_std": noise})
+    return Experiment(f"{kind}/{noise}/{agent}", f"{HIKES[kind]}_{agent}", {"env.observation_std": noise})
 
 
 def _comparisons() -> dict[str, tuple[Experiment, ...]]:
@@ -140,9 +140,9 @@ def load_config(experiment: Experiment):
     """The experiment's configuration."""
     from dvrl_jax.api import make_config
 
-    file, _, argument = experiment.config.partition(":")
+    name, _, argument = experiment.config.partition(":")
     fields = {field.replace(".", "__"): value for field, value in experiment.fields.items()}
-    return make_config(file.removesuffix(".py"), *([argument] if argument else []), **fields)
+    return make_config(name, *([argument] if argument else []), **fields)
 
 
 # --- How far a run is, and what came out -----------------------------------------------------------------------------
@@ -279,8 +279,6 @@ class Speeds:
     """Environment steps per second by program, in `root/speeds.json` and in the runs below `root`."""
 
     def __init__(self, root: Path):
-        from dvrl_jax import api
-
         self.path = root / "speeds.json"
         try:
             with run_directory.reading(self.path):
@@ -289,10 +287,9 @@ class Speeds:
             message = f"{self.path}: not readable as JSON; delete it, and --measure measures again"
             raise RunError(message) from None
         self._seen: dict[str, list[float]] = {}
-        default = api.default_config()
         for metrics in sorted(root.glob("**/metrics.jsonl")):
             try:
-                config = config_lib.of_run(metrics.parent, default)
+                config = config_lib.of_run(metrics.parent)
             except RunError:
                 continue  # Of another version of the code.
             values = [line["obs.fps"] for line in run_directory.read_metrics(metrics.parent)[1:] if line.get("obs.fps")]

@@ -33,9 +33,7 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def resolve_config(
-    run: run_directory.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict
-):
+def resolve_config(run: run_directory.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any]):
     """The configuration to train with in this directory; `given`, if there is one, is finalised.
 
     A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
@@ -44,7 +42,7 @@ def resolve_config(
     Raises:
         ConfigError: impossible values, or an override that contradicts the run.
     """
-    config = config_lib.of_run(run.path, default)
+    config = config_lib.of_run(run.path)
     if config is None:
         return given
     wanted = overrides
@@ -64,12 +62,10 @@ def resolve_config(
     if differing:
         said = ", ".join(f"{field} = {fields.get(field)!r} (in the file {in_file[field]!r})" for field in differing)
         print(f"{run.path} goes on as it began, not as the configuration file says: {said}", flush=True)
-    return config_lib.finalise(config_lib.merge(config, {k: v for k, v in wanted.items() if k in fields}))
+    return config_lib.from_fields(fields | {k: v for k, v in wanted.items() if k in fields})
 
 
-def train(
-    run: run_directory.RunDirectory, config: ConfigDict, default: ConfigDict, use_cache: bool = True
-) -> a2c.TrainState:
+def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool = True) -> a2c.TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
 
     `use_cache` allows the persistent compilation cache.
@@ -85,7 +81,7 @@ def train(
         learner = a2c.make_learner(config, env)
         with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
             state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
-        _describe(run, config, default, state)
+        _describe(run, config, state)
         wall_time = 0.0
         restored = saver.restore(state)
         if restored is not None:
@@ -125,8 +121,8 @@ def _seed_of_episodes(seed: int, update: int) -> int:
     return int(np.random.SeedSequence([seed, update]).generate_state(1)[0]) % 2**31
 
 
-def _describe(run: run_directory.RunDirectory, config: ConfigDict, default: ConfigDict, state: a2c.TrainState) -> None:
-    print(config_lib.describe(config, config_lib.with_settings(default)))
+def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: a2c.TrainState) -> None:
+    print(config_lib.describe(config))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
     print(f"{networks.count_parameters(state.params):,} parameters, on {device.platform} ({device.device_kind})")
@@ -261,16 +257,16 @@ class _Loop:
         self.saved_at = time.monotonic()
 
 
-def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any], default: ConfigDict):
+def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any]):
     """Checks everything that can be checked before anything is written, then opens the run directory.
 
     Returns (run directory, configuration).
     """
     if config is not None:
-        config = config_lib.from_fields(config_lib.flatten(config), default)
+        config = config_lib.from_fields(config_lib.flatten(config))
         if config.log.wandb:
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
         raise ConfigError("--config: is needed to start a new run")
     run = run_directory.RunDirectory(run_directory.next_directory() if workdir is None else workdir)
-    return run, resolve_config(run, config, overrides, default)
+    return run, resolve_config(run, config, overrides)

@@ -46,13 +46,13 @@ class Games(NamedTuple):
         }
 
 
-def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
+def read_run_config(path: Path) -> ConfigDict:
     """The configuration of the run in a directory, to play with: emulators are tied to no cores.
 
     Raises:
         RunError: there is no run in it, or its configuration is damaged.
     """
-    config = config_lib.of_run(path, default, {"env.first_core": -1})
+    config = config_lib.of_run(path, {"env.first_core": -1})
     if config is None:
         raise RunError(f"{path}: holds no run (there is no config.json)")
     return config
@@ -111,27 +111,25 @@ def play_games(agent: Agent, env: Environment, key: Array, greedy: bool = False)
     raise RunError(f"{np.sum(~over)} of {env.num_envs} games have not ended after {MAX_STEPS:,} steps")
 
 
-def check_video(path: Path, default: ConfigDict, video: Path) -> None:
+def check_video(path: Path, video: Path) -> None:
     """Makes sure that a picture of the run in `path` can be drawn and be written to `video`, before games are played.
 
     Raises:
         RunError: it cannot.
     """
     pictures.check_path(video)
-    config = read_run_config(path, default)
+    config = read_run_config(path)
     if pictures.find_painter(envs.find(config.env.name), config_lib.sees_images(config)) is None:
         raise pictures.no_picture(config.env.name)
 
 
-def evaluate(
-    path: Path, default: ConfigDict, episodes: int, greedy: bool, checkpoint: str, seed: int
-) -> dict[str, Any]:
+def evaluate(path: Path, episodes: int, greedy: bool, checkpoint: str, seed: int) -> dict[str, Any]:
     """Plays `episodes` games with a run's checkpoint and returns the summary (`Games.summary`, and of what it is).
 
     Raises:
         RunError: there is no run, or no such checkpoint, or it is damaged, or a game does not end.
     """
-    config = read_run_config(path, default)
+    config = read_run_config(path)
     env = envs.make_env(config.env, episodes, seed)
     agent, update = load_agent(path, config, env, checkpoint)
     games = play_games(agent, env, jax.random.PRNGKey(seed), greedy)
@@ -150,14 +148,14 @@ def store(path: Path, summary: dict[str, Any]) -> None:
 
 
 def write_video(
-    path: Path, default: ConfigDict, video: Path, max_steps: int, greedy: bool, checkpoint: str, seed: int
+    path: Path, video: Path, max_steps: int, greedy: bool, checkpoint: str, seed: int
 ) -> recording.Recording:
     """Plays one game with a run's checkpoint, writes its picture to `video`, and returns what it shows.
 
     Raises:
         RunError: nobody can draw it, or the file cannot be written (see `check_video`).
     """
-    config = read_run_config(path, default)
+    config = read_run_config(path)
     env = envs.make_env(config.env, 1, seed, keep_view=True)
     painter = pictures.painter_for(env)
     agent, _ = load_agent(path, config, env, checkpoint)

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from configs import default
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import run_directory, training
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", 400))  # Configurations to check only.
 TRAININGS = int(os.environ.get("CONFIG_TRAININGS", 2))  # To train two updates each, which has to be compiled.
-FIELDS = config_lib.flatten(default.get_config())
+FIELDS = config_lib.flatten(config_lib.default_config())
 
 ANY_NUMBER = st.one_of(
     st.integers(-3, 3), st.integers(), st.floats(), st.sampled_from([2**31, 2**32, 10**400, 1e39, 1e-50, 0.5, 1.0])
@@ -63,14 +62,14 @@ def check_sentence(error, fields):
 @given(changes())
 def test_any_values_are_settled_or_refused_by_name(fields):
     try:
-        config = config_lib.finalise(config_lib.merge(default.get_config(), fields))
+        config = config_lib.finalise(config_lib.merge(fields))
     except ConfigError as error:
         check_sentence(error, fields)
         return
     stored = json.loads(config_lib.to_json(config))
-    again = config_lib.finalise(config_lib.merge(default.get_config(), stored))
+    again = config_lib.finalise(config_lib.merge(stored))
     assert config_lib.flatten(again) == config_lib.flatten(config)
-    assert config_lib.describe(config, default.get_config()).count("\n") == len(FIELDS) - 1
+    assert config_lib.describe(config).count("\n") == len(FIELDS) - 1
 
 
 SIZES, COEFS = st.integers(1, 3), st.sampled_from([0.0, 0.1, 1.0])
@@ -143,15 +142,15 @@ def test_any_combination_of_valid_values_trains_or_is_refused(count, tmp_path_fa
         return
     workdir = tmp_path_factory.mktemp("run")
     per_update = fields["num_envs"] * fields["num_steps"]
-    config = config_lib.merge(default.get_config(), fields | {"total_env_steps": 2 * per_update})
+    config = config_lib.merge(fields | {"total_env_steps": 2 * per_update})
     try:
-        run, config = training.prepare(workdir, config, {}, default.get_config())
+        run, config = training.prepare(workdir, config, {})
     except ConfigError as error:
         check_sentence(error, fields)
         count["refused"] += 1
         return
     try:
-        state = training.train(run, config, default.get_config())
+        state = training.train(run, config)
     finally:
         run.close()
     count["trained"] += 1

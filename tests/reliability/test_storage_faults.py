@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default
 from dvrl_jax import a2c, envs
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory, training
@@ -174,10 +173,10 @@ def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(run):
     spoil(run / "checkpoints" / "60" / "state" / "_METADATA", "noise")
     before = content(run)
     with pytest.raises(RunError, match=r"checkpoints/60: is damaged \(.*other checkpoints: 20, 40"):
-        evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+        evaluation.evaluate(run, 1, greedy=True, checkpoint="latest", seed=0)
     spoil(run / "checkpoints" / "40" / "metrics" / "metrics", "noise")
     with pytest.raises(RunError, match=r"40/metrics/metrics: is damaged"):
-        evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="20", seed=0)
+        evaluation.evaluate(run, 1, greedy=True, checkpoint="20", seed=0)
     assert content(run).keys() == before.keys()
 
 
@@ -187,7 +186,7 @@ def test_a_checkpoint_with_a_damaged_result_is_set_aside_once(run, template, cap
         assert int(restore(run, template).state.update) == 40
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"20", "40", "60.damaged"}
     assert capsys.readouterr().out.count("is damaged") == 1
-    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    found = evaluation.evaluate(run, 1, greedy=True, checkpoint="latest", seed=0)
     assert found["update"] == 40
 
 
@@ -204,7 +203,7 @@ def test_evaluation_takes_the_checkpoint_that_replaced_the_one_it_was_about_to_r
 
     (run / "checkpoints" / "60").rename(run / "checkpoints" / "60.away")
     monkeypatch.setattr(checkpoints.Checkpoints, "restore_weights", after_training_moved_on)
-    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    found = evaluation.evaluate(run, 1, greedy=True, checkpoint="latest", seed=0)
     assert asked == [40, 60] and found["update"] == 60
 
 
@@ -295,7 +294,8 @@ FILE_SIZE_LIMIT = """
 import contextlib, resource, sys
 from typing import Any, NamedTuple
 import numpy as np
-from dvrl_jax.runs import checkpoints, run_directory
+from dvrl_jax.errors import RunError
+from dvrl_jax.runs import checkpoints
 
 class State(NamedTuple):
     update: Any
@@ -337,7 +337,7 @@ def test_a_read_only_directory(original, disk):
         train(disk[0] / "new", total_env_steps=2000)
     with pytest.raises(RunError, match=r"saved_runs: cannot be written \(Read-only file system\)"):
         run_directory.next_directory(disk[0] / "saved_runs")
-    found = evaluation.evaluate(run, default.get_config(), 1, greedy=True, checkpoint="latest", seed=0)
+    found = evaluation.evaluate(run, 1, greedy=True, checkpoint="latest", seed=0)
     with pytest.raises(RunError, match=r"evaluation-60-greedy-1games-seed0\.json: cannot be written \(Read-only file"):
         evaluation.store(run, found)
     remount("rw")
@@ -384,7 +384,7 @@ def test_a_damaged_configuration_is_named_and_kept(run, name):
         train(run, total_env_steps=2000)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises((RunError, training.ConfigError)) as error:
-        evaluation.read_run_config(run, default.get_config())
+        evaluation.read_run_config(run)
     assert "config.json" in str(error.value)
     assert content(run) == before
 

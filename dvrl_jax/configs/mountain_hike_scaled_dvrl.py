@@ -1,6 +1,6 @@
 """DVRL on Mountain Hike with scaled rewards: no plateau of a million steps (docs/results/README.md)."""
 
-from configs import mountain_hike_dvrl, mountain_hike_scaled_rnn
+from dvrl_jax.configs import mountain_hike_dvrl, mountain_hike_scaled_rnn
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """DVRL on Mountain Hike."""
 
-from configs import mountain_hike_rnn
+from dvrl_jax.configs import mountain_hike_rnn
 
 
 def get_config():

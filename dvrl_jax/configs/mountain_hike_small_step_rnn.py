@@ -1,6 +1,6 @@
 """RNN baseline on Mountain Hike with rewards times 0.03 and a small learning rate, beside DVRL's best setting."""
 
-from configs import mountain_hike_rnn, mountain_hike_scaled_rnn
+from dvrl_jax.configs import mountain_hike_rnn, mountain_hike_scaled_rnn
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """RNN baseline on flickering Pong."""
 
-from configs import atari_rnn
+from dvrl_jax.configs import atari_rnn
 
 
 def get_config():

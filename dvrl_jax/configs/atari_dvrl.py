@@ -1,6 +1,6 @@
 """DVRL on a flickering Atari game: `--config=configs/atari_dvrl.py:Asteroids`."""
 
-from configs import atari_rnn
+from dvrl_jax.configs import atari_rnn
 
 
 def get_config(game: str = "Pong"):

@@ -1,6 +1,6 @@
 """RNN baseline on a flickering Atari game: `--config=configs/atari_rnn.py:Asteroids`."""
 
-from configs import default
+from dvrl_jax.configs import default
 
 
 def get_config(game: str = "Pong"):

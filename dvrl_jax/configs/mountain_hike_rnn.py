@@ -1,6 +1,6 @@
 """RNN baseline on Mountain Hike."""
 
-from configs import default
+from dvrl_jax.configs import default
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """RNN baseline on Mountain Hike with scaled rewards: no plateau of a million steps (docs/results/README.md)."""
 
-from configs import mountain_hike_rnn
+from dvrl_jax.configs import mountain_hike_rnn
 
 
 def get_config():

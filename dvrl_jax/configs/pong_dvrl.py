@@ -1,6 +1,6 @@
 """DVRL on flickering Pong."""
 
-from configs import atari_dvrl
+from dvrl_jax.configs import atari_dvrl
 
 
 def get_config():

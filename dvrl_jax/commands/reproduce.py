@@ -1,0 +1,185 @@
+"""Runs the paper's experiments: dvrl-reproduce [--list] [--only=hike,atari/Pong] [--seeds=5] [--steps=N]"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from dvrl_jax.errors import RunError
+from dvrl_jax.runs import command_line, experiments, run_directory
+from dvrl_jax.runs import process as process_lib
+from dvrl_jax.runs.experiments import Experiment
+
+LIST = flags.DEFINE_boolean("list", False, "Show the experiments with estimated hours, and run nothing.")
+MEASURE = flags.DEFINE_boolean("measure", False, "With --list: measure speeds that are not known (minutes each).")
+ONLY = flags.DEFINE_list("only", [], "Names or beginnings of names, such as hike or atari/Pong; * matches anything.")
+SEEDS = flags.DEFINE_integer("seeds", 5, "Train with seeds 0 .. this - 1.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Environment steps per run, instead of the configuration's.", lower_bound=1)
+ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the table and the figures go.")
+
+FLAGS = flags.FLAGS
+HOME = Path(__file__).resolve().parents[2]  # What holds the package: `python -m` finds it there, installed or not.
+MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
+
+
+def train(arguments: list[str]) -> int:
+    """One run of dvrl-train in a process of its own, which is sent the signals that stop this one; its exit code."""
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def hand_on(signum: int, frame) -> None:
+        del frame
+        received.append(signum)
+        if process is not None:
+            process.send_signal(signum)
+
+    with process_lib.answering(hand_on):
+        # In a session of its own: else a terminal's Ctrl-C would reach it twice.
+        command = [sys.executable, "-m", "dvrl_jax.commands.train", *arguments]
+        process = subprocess.Popen(command, cwd=HOME, start_new_session=True)
+        for signum in received:  # Came before there was a process.
+            process.send_signal(signum)
+        return process.wait()
+
+
+def leave_if_stopped(code: int, what: object) -> None:
+    """Raises SystemExit if this exit code of a process says that a signal stopped it: as such, or as 128 + signal."""
+    for number in process_lib.STOPPING:
+        if code in (-number, 128 + number):
+            print(f"{what}: stopped; the same command goes on from there", flush=True)
+            sys.exit(128 + number)
+
+
+def steps_of(experiment: Experiment) -> int:
+    return STEPS.value or experiments.load_config(experiment).total_env_steps
+
+
+def measure(experiment: Experiment) -> float:
+    """Steps per second in the last two thirds of a short run, without compilation."""
+    config = experiments.load_config(experiment)
+    # Whole windows, so that each third has all lengths of backpropagation; at least 10 updates.
+    interval = -(-10 // config.bptt_segments) * config.bptt_segments
+    while True:
+        lines = _short_run(experiment, interval, 3 * interval * config.num_envs * config.num_steps)
+        steps, seconds = (lines[-1][name] - lines[0][name] for name in ("env_steps", "wall_time"))
+        if seconds >= MEASURED_SECONDS:
+            return steps / seconds
+        interval *= 10
+
+
+def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[str, Any]]:
+    """The metrics of a run that leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"--config.total_env_steps={steps}", f"--config.log.interval={interval}"]
+        settings += ["--config.checkpoint.interval=0", "--config.checkpoint.minutes=0"]
+        settings += ["--config.log.tensorboard=False", f"--workdir={folder}/run"]
+        print(f"measuring {experiment.name} ({steps:,} steps)", file=sys.stderr, flush=True)
+        if code := train([*experiment.arguments(), *settings]):
+            leave_if_stopped(code, experiment.name)
+            raise RunError(f"{experiment.name}: the measurement failed; what it said is above")
+        return run_directory.read_metrics(Path(folder) / "run")
+
+
+def show(chosen: list[Experiment], root: Path) -> None:
+    """Prints the experiments, how far they are, and the hours that the rest would take."""
+    speeds, total, unknown = experiments.Speeds(root), 0.0, 0
+    for experiment in chosen if MEASURE.value else ():  # First all of it, so that the table stays in one piece.
+        if speeds.get(experiment)[0] is None:
+            speeds.add(experiment, measure(experiment))
+    print(f"{'experiment':32} {'steps':>12} {'done':>6} {'steps/s':>9} {'hours left':>11}  speed from")
+    for experiment in chosen:
+        speed, source = speeds.get(experiment)
+        steps, left, done = steps_of(experiment), 0, 0
+        for seed in range(SEEDS.value):
+            line = experiments.last_line(experiments.workdir(root, experiment, seed))
+            so_far = line["env_steps"] if line else 0
+            left, done = left + max(0, steps - so_far), done + (so_far >= steps)
+        hours = None if speed is None else left / speed / 3600
+        total, unknown = total + (hours or 0.0), unknown + (speed is None)
+        numbers = ("-", "-") if speed is None else (f"{speed:,.0f}", f"{hours:,.1f}")
+        print(
+            f"{experiment.name:32} {steps:>12,} {done:>3}/{SEEDS.value:<2} {numbers[0]:>9} {numbers[1]:>11}  {source}"
+        )
+    print(f"\n{len(chosen) * SEEDS.value} runs, {total:,.1f} hours on this machine, one run after the other")
+    if unknown:
+        print(f"{unknown} of unknown speed are not in this sum; --measure measures them")
+
+
+def run_all(chosen: list[Experiment], root: Path) -> list[str]:
+    """Trains everything that is not done. Returns what failed.
+
+    Raises:
+        SystemExit: a run was stopped by a signal; the same command goes on from there.
+        RunError: what stands in a run's place is of another experiment.
+    """
+    failed = []
+    for experiment in chosen:
+        for seed in range(SEEDS.value):
+            path = experiments.workdir(root, experiment, seed)
+            experiments.check_run(path, experiment)
+            if experiments.is_done(path, steps_of(experiment)):
+                print(f"{path}: done already", flush=True)
+                continue
+            print(f"{path}: training", flush=True)
+            settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
+            code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
+            if code:
+                leave_if_stopped(code, path)
+                print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
+                failed.append(str(path))
+    return failed
+
+
+def report(chosen: list[Experiment], root: Path) -> None:
+    """Prints and writes the table of all experiments that have runs, and draws comparisons of the chosen ones."""
+    from dvrl_jax.viewing import plotting
+
+    tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
+    ends = {one.name: experiments.finished(root, one, steps_of(one)) for one in tried}
+    results = [row for one in tried for row in experiments.results_of(one, ends[one.name], steps_of(one))]
+    text = experiments.table(results)
+    print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
+    with run_directory.writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    run_directory.replace(root / "results.md", text)
+    run_directory.replace(root / "results.json", json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    # Of each experiment the longest runs: a curve is of the steps that all its runs have.
+    longest = {}
+    for one in chosen:
+        if found := ends[one.name]:
+            fields = experiments.fields_of(one)
+            longest[one.name] = [plotting.load_run(run.path, fields) for run in found[max(found)]]
+    for comparison, members in experiments.COMPARISONS.items():
+        loaded = [run for name in members for run in longest.get(name, [])]
+        if not loaded:
+            continue
+        print(plotting.save(plotting.plot(loaded, ["result.true"]), root / "figures" / comparison)[0])
+
+
+def main() -> int:
+    if MEASURE.value and not LIST.value:
+        raise RunError("--measure: goes with --list, which shows what it measures")
+    if FLAGS["only"].present and not ONLY.value:
+        raise RunError("--only: names no experiment; leave it out for all of them")
+    chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
+    if LIST.value:
+        show(chosen, root)
+        return 0
+    failed = run_all(chosen, root)
+    report(chosen, root)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run() -> None:
+    """Runs `main` with this process's arguments, and ends the process."""
+    command_line.run(main)
+
+
+if __name__ == "__main__":
+    run()

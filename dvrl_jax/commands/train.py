@@ -1,0 +1,32 @@
+"""Trains an agent: dvrl-train --config=pong_dvrl [--workdir=DIR] [--config.group.field=value ...]"""
+
+from pathlib import Path
+
+from absl import flags
+
+from dvrl_jax.runs import command_line, process, training
+
+command_line.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
+CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in the user's cache directory.")
+
+
+def main() -> int:
+    config, overrides = command_line.config_and_overrides()
+    workdir = Path(WORKDIR.value) if WORKDIR.value else None
+    run, config = training.prepare(workdir, config, overrides)
+    process.prepare(config)
+    try:
+        training.train(run, config, CACHE.value)
+    except training.Interrupted as stop:
+        return 128 + stop.signum
+    return 0
+
+
+def run() -> None:
+    """Runs `main` with this process's arguments, and ends the process."""
+    command_line.run(main)
+
+
+if __name__ == "__main__":
+    run()
