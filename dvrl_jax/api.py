@@ -1,5 +1,6 @@
 """Configurations, environments, agents and training as functions: what `import dvrl_jax` offers to a notebook."""
 
+import functools
 import importlib
 import inspect
 import operator
@@ -14,15 +15,15 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, acting, envs
+from dvrl_jax import a2c, acting, choices, envs
 from dvrl_jax.agents import Agent, bind
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment, Environment
 from dvrl_jax.errors import ConfigError, RunError
-from dvrl_jax.runs import compilation, reporting
+from dvrl_jax.runs import compilation, loop
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import evaluation
 
-Train = Callable[..., tuple[a2c.TrainState, list[dict[str, Any]]]]
+Array = jax.Array
 
 
 def make_config(name: str, *arguments: str, **fields: Any) -> ConfigDict:
@@ -117,47 +118,96 @@ def make_agent(config: ConfigDict, env: Environment, seed: int = 0) -> Agent:
     return acting.make_agent(config, env, jax.random.PRNGKey(seed))
 
 
-def make_train(config: ConfigDict, env: Environment) -> Train:
-    """Returns `train(seed=0, num_updates=..., state=None)`, which trains in `env`.
+class Train:
+    """Training of a configuration in an environment, to be called; `make_train` makes one."""
 
-    An update is `config.num_steps` steps in each environment. `train` returns the final `TrainState` and a list of
-    metrics, one dict per `config.log.interval` updates under the names of metrics.jsonl. With a `state` that it
-    returned before, it continues from there; that state's buffers are donated and cannot be used again.
+    def __init__(self, config: ConfigDict, env: BatchedEnvironment):
+        self.config, self.env = config, env
+        self._learner = a2c.make_learner(config, env)
+        self._program = compilation.jit(self._learner.run, config)
 
-    Raises:
-        TypeError: by `train`, if `num_updates` is no whole number.
-        ValueError: by `train`, if `state` has been continued from before.
-        RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite. This and a
-            KeyboardInterrupt (Ctrl-C) have what there was until then: `error.state` and `error.history`.
-    """
-    learner = a2c.make_learner(config, env)
-    program = compilation.jit(learner.run, config)
+    def __call__(
+        self, seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None
+    ) -> tuple[a2c.TrainState, list[dict[str, Any]]]:
+        """Trains for `num_updates` updates of `config.num_steps` steps in each environment.
 
-    def train(seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None):
+        With a `state` that it returned before, it continues from there; that state's buffers are donated and cannot be
+        used again.
+
+        Returns:
+            the final `TrainState`, and metrics: one dict per `config.log.interval` updates, under the names of
+            metrics.jsonl.
+        Raises:
+            TypeError: `num_updates` is no whole number.
+            ValueError: `state` has been continued from before.
+            RunError: `config.max_skipped_updates` updates in a row were skipped. This and a KeyboardInterrupt (Ctrl-C)
+                have what there was until then: `error.state` and `error.history`.
+        """
         num_updates = operator.index(num_updates)
         if state is None:
             with compilation.cached(True):
-                state = learner.init(jax.random.PRNGKey(seed))
+                state = self._learner.init(jax.random.PRNGKey(seed))
         elif any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state)):  # JAX may keep some.
             raise ValueError("state: has been continued from before; give train the state that it returned last")
         history, end = [], int(state.update) + num_updates
+        held = _Held(self._program, state)
         try:
-            with compilation.cached(env.restorable):
-                while (update := int(state.update)) < end:
-                    count = min(end - update, config.log.interval - update % config.log.interval)
-                    state = program(state, jnp.int32(count))
-                    if int(state.skipped_in_row) >= config.max_skipped_updates:
-                        raise RunError(reporting.why_stopped(state))
-                    if int(state.update) % config.log.interval == 0:
-                        line = {"update": int(state.update), "env_steps": int(state.env_steps)}
-                        history.append(line | state.episodes.summary() | state.metrics.means())
-                        state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+            with compilation.cached(self.env.restorable):
+                for call in loop.train(held, state, self.config, lambda state: end - int(state.update)):
+                    held.state = call.state
+                    if "final" not in call.line:
+                        history.append(call.line)
         except (KeyboardInterrupt, RunError) as error:
-            error.state, error.history = state, history
+            error.state, error.history = held.state, history
             raise
-        return state, history
+        return held.state, history
 
-    return train
+    def pure(self, key: Array, num_updates: int) -> tuple[a2c.TrainState, dict[str, Array]]:
+        """The same as one pure function, for `jit` and `vmap`: `jax.jit(jax.vmap(lambda k: train.pure(k, 500)))(keys)`.
+
+        No loop in it has a length that depends on the key. Nothing stops it when updates are skipped.
+
+        Args:
+            key: fixes all randomness. num_updates: a Python integer.
+        Returns:
+            the final `TrainState`, and metrics under the names of metrics.jsonl: arrays [L], an entry per
+            `config.log.interval` updates; `result.*` are NaN before any episode has finished.
+        Raises:
+            RunError: the environment is no function of its state, as Atari, whose emulators are EnvPool's.
+        """
+        if not self.env.restorable:
+            raise RunError(f"{self.config.env.name}: is no pure function, so it cannot be trained by `pure`")
+        learner, every = self._learner_for_seeds, self.config.log.interval
+
+        def to_next_line(state: a2c.TrainState, _: None) -> tuple[a2c.TrainState, dict[str, Array]]:
+            state = learner.run(state, every)
+            line = {"update": state.update, "env_steps": state.env_steps, "updates.skipped": state.skipped}
+            line |= state.episodes.results() | state.metrics.averages()
+            return state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)), line
+
+        lines, rest = divmod(operator.index(num_updates), every)
+        state, metrics = jax.lax.scan(to_next_line, learner.init(key), None, length=lines)
+        return learner.run(state, rest), metrics
+
+    @functools.cached_property
+    def _learner_for_seeds(self) -> a2c.Learner:
+        return a2c.make_learner(self.config, self.env, choices.current().for_seeds())
+
+
+class _Held:
+    """A program that remembers the state that it returned last, for whoever is interrupted."""
+
+    def __init__(self, program: Callable, state: a2c.TrainState):
+        self.program, self.state = program, state
+
+    def __call__(self, state: a2c.TrainState, num_updates: Array) -> a2c.TrainState:
+        self.state = self.program(state, num_updates)
+        return self.state
+
+
+def make_train(config: ConfigDict, env: Environment | BatchedEnvironment) -> Train:
+    """Training in an environment, or in `config.num_envs` copies of one: `state, metrics = train(seed=0)`."""
+    return Train(config, envs.as_batch(env, config.num_envs))
 
 
 def trained_agent(config: ConfigDict, env: Environment, state: a2c.TrainState) -> Agent:

@@ -71,6 +71,19 @@ class EpisodeStatistics(NamedTuple):
             num_finished_true=num_finished_true,
         )
 
+    def results(self) -> dict[str, Array]:
+        """The `result.*` and `episodes.*` metrics as scalars on the device; NaN before any episode has finished."""
+        places = jnp.arange(RESULT_WINDOW)
+        of = lambda ring, count: jnp.where((places < count) & jnp.isfinite(ring), ring, jnp.nan)
+        clipped = of(self.finished, self.num_finished)
+        reduce = {"mean": jnp.nanmean, "median": jnp.nanmedian, "min": jnp.nanmin, "max": jnp.nanmax}
+        return {
+            "result.true": jnp.nanmean(of(self.finished_true, self.num_finished_true)),
+            **{f"result.{name}": function(clipped) for name, function in reduce.items()},
+            "episodes.num_ended": self.num_finished,
+            "episodes.length": jnp.nanmean(of(self.lengths, self.num_finished)),
+        }
+
     def summary(self) -> dict[str, float | int | None]:
         """The `result.*` and `episodes.*` metrics as plain numbers; None before any episode has finished.
 
@@ -123,6 +136,10 @@ class Metrics(NamedTuple):
         sums = {name: total + jnp.where(good, values[name], 0.0) for name, total in self.sums.items()}
         not_finite = {name: count + ~jnp.isfinite(values[name]) for name, count in self.not_finite.items()}
         return Metrics(sums, self.count + good, not_finite)
+
+    def averages(self) -> dict[str, Array]:
+        """Averages as scalars on the device; NaN if every update was skipped."""
+        return {name: total / self.count for name, total in sorted(self.sums.items())}
 
     def means(self) -> dict[str, float]:
         """Averages as plain numbers; NaN if every update was skipped."""

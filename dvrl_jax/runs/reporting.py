@@ -5,17 +5,6 @@ import time
 
 from tqdm import tqdm
 
-from dvrl_jax.a2c import TrainState
-
-
-def why_stopped(state: TrainState) -> str:
-    """Why training stopped at a state that has too many skipped updates in a row."""
-    names = ", ".join(state.metrics.culprits()) or "the new weights"
-    return (
-        f"stopped at update {int(state.update):,} ({int(state.env_steps):,} steps), because in "
-        f"{int(state.skipped_in_row):,} updates in a row (max_skipped_updates) {names} were not finite"
-    )
-
 
 class Progress:
     """Reports steps done, speed, time left, return and loss."""

@@ -13,13 +13,9 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, envs, networks
 from dvrl_jax.errors import ConfigError, RunError
-from dvrl_jax.runs import checkpoints, compilation, loggers, process, reporting, run_directory
+from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import reconstructions
-
-# A call of the compiled program is at most a log interval and at most about this long, so that progress is seen and
-# signals are answered.
-MAX_CALL_SECONDS = 10.0
 
 # After so many updates in a row without a single step that counts, something is wrong with the environment.
 MAX_UPDATES_WITHOUT_STEPS = 100
@@ -93,8 +89,8 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
             done, wanted = f"{int(state.env_steps):,}", f"{config.total_env_steps:,}"
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
             return state
-        loop = _Loop(run, config, learner, saver, env.restorable, wall_time)
-        return loop.run(_compile(learner, config, state, env.restorable, use_cache), state)
+        writer = _Writer(run, config, learner, saver, env.restorable, wall_time)
+        return writer.train(_compile(learner, config, state, env.restorable, use_cache), state)
 
 
 def _compile(learner: a2c.Learner, config: ConfigDict, state: a2c.TrainState, restorable: bool, use_cache: bool):
@@ -129,30 +125,40 @@ def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: a2c.Tr
     print(flush=True)
 
 
-class _Loop:
-    """Calls the compiled program, and writes log lines and checkpoints between the calls."""
+class _Writer:
+    """Writes log lines, checkpoints and reconstructions of a run between the calls of the compiled program."""
 
     def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
         self.wall_time_before, self.start = wall_time, time.monotonic()
         self.signum: int | None = None
-        self.line_steps, self.line_seconds = 0, 0.0
-        self.last_update, self.last_steps = 0, 0  # The latest update whose steps counted, and those steps.
         self.saved_at = self.start
 
-    def run(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
+    def train(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
         compiled = time.monotonic() - self.start
         with process.answering(self._on_signal), contextlib.ExitStack() as opened:
             self._begin_at(int(state.update))
             self.log = opened.enter_context(contextlib.closing(loggers.Loggers(self.run_directory, self.config)))
-            progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
-            opened.enter_context(contextlib.closing(progress))
-            progress.say(f"compiled in {compiled:.1f} s")
-            return self._run(program, state, progress)
+            self.progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
+            opened.enter_context(contextlib.closing(self.progress))
+            self.progress.say(f"compiled in {compiled:.1f} s")
+            try:
+                state = self._follow(program, state)
+            except loop.Stopped as stopped:
+                path, good = self.run_directory.path, self.saver.last_good()
+                raise RunError(f"{path}: {stopped}; nothing was saved now, {good}") from None
+            if self.signum is not None:
+                self._save(state)
+                self.saver.wait()
+                name = signal.Signals(self.signum).name
+                self.progress.say(f"stopped by {name}; checkpoint at update {int(state.update):,}")
+                raise Interrupted(self.signum)
+            self.saver.wait()
+            return state
 
     def _begin_at(self, update: int) -> None:
-        """Makes the directory ready to go on from `update`. What is refused or stopped before changes nothing in it."""
+        """Makes the directory ready to resume from `update`. What is refused or stopped before changes nothing in it."""
         directory = self.run_directory
         if update == 0 and (aside := directory.set_aside()):
             said = "no checkpoint to go on from: training starts anew"
@@ -165,81 +171,47 @@ class _Loop:
         del frame
         self.signum = signum
 
-    def _run(self, program: jax.stages.Compiled, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
-        limit = 1  # Updates per call; grows to what MAX_CALL_SECONDS allow.
-        self.line_steps = self.last_steps = int(state.env_steps)
-        self.last_update = int(state.update)
-        while (remaining := self._remaining_updates(state)) > 0 and self.signum is None:
-            update = int(state.update)
-            count = min(remaining, limit, *(every - update % every for every in self._intervals()))
-            began = time.monotonic()
-            state = jax.block_until_ready(program(state, jnp.int32(count)))
-            elapsed = time.monotonic() - began
-            self.line_seconds += elapsed
-            limit = max(1, min(2 * limit, int(MAX_CALL_SECONDS * count / elapsed)))
-            state = self._after_call(state, progress)
+    def _follow(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
+        """Trains to the end, or until a signal came."""
         if self.signum is not None:
-            self._save(state)
-            self.saver.wait()
-            progress.say(f"stopped by {signal.Signals(self.signum).name}; checkpoint at update {int(state.update):,}")
-            raise Interrupted(self.signum)
-        self.saver.wait()
+            return state
+        moved_update, moved_steps = int(state.update), int(state.env_steps)  # The latest update whose steps counted.
+        intervals = (self.config.log.save_reconstruction_interval, self.config.checkpoint.interval)
+        for call in loop.train(program, state, self.config, self._remaining, intervals):
+            state, update, steps = call.state, call.line["update"], call.line["env_steps"]
+            if steps > moved_steps:
+                moved_update, moved_steps = update, steps
+            elif update - moved_update >= MAX_UPDATES_WITHOUT_STEPS:
+                said = f"no call of step in the last {update - moved_update} updates was `valid` (see EnvState)"
+                raise RunError(f"{self.config.env.name}: {said}")
+            self._write(call)
+            if self.signum is not None:
+                break
         return state
 
-    def _intervals(self) -> list[int]:
-        log = self.config.log
-        intervals = (log.interval, log.save_reconstruction_interval, self.config.checkpoint.interval)
-        return [every for every in intervals if every > 0]
-
-    def _remaining_updates(self, state: a2c.TrainState) -> int:
+    def _remaining(self, state: a2c.TrainState) -> int:
         steps = self.config.total_env_steps - int(state.env_steps)
         return -(-steps // (self.config.num_envs * self.config.num_steps))
 
-    def _after_call(self, state: a2c.TrainState, progress: reporting.Progress) -> a2c.TrainState:
-        update, steps = int(state.update), int(state.env_steps)
-        self._check_advance(update, steps)
-        results = state.episodes.summary()
-        metrics = state.metrics.means()
-        failed = int(state.skipped_in_row) >= self.config.max_skipped_updates
-        is_end = self._remaining_updates(state) <= 0
-        is_line = update % self.config.log.interval == 0
-        if is_line or is_end or failed:
-            line = {"update": update, "env_steps": steps, "wall_time": round(self._wall_time(), 3)}
-            line |= results | metrics
-            line["updates.skipped"] = int(state.skipped)
-            line["obs.fps"] = (steps - self.line_steps) / max(self.line_seconds, 1e-9)
-            if not is_line:
-                line["final"] = True
-            self.run_directory.append_metrics(line)
-            self.log.line(line)
-            self.line_steps, self.line_seconds = steps, 0.0
-        progress.advance(steps, results["result.true"], metrics["loss.total"], is_line or is_end)
-        if failed:
-            raise self._too_many_skipped(state)
-        if is_line:
-            state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+    def _write(self, call: loop.Call) -> None:
+        line, update = call.line, call.line["update"]
+        if call.is_line:
+            first = {"update": update, "env_steps": line["env_steps"], "wall_time": round(self._wall_time(), 3)}
+            self.run_directory.append_metrics(first | line)
+            self.log.line(first | line)
+        self.progress.advance(line["env_steps"], line["result.true"], line["loss.total"], call.is_line)
+        if call.is_failure:
+            return
         every = self.config.log.save_reconstruction_interval
         if every and update % every == 0:
-            self._save_reconstruction(state)
-        if is_end or self._is_time_to_save(update):
-            self._save(state)
-        return state
-
-    def _check_advance(self, update: int, steps: int) -> None:
-        if steps > self.last_steps:
-            self.last_update, self.last_steps = update, steps
-        elif update - self.last_update >= MAX_UPDATES_WITHOUT_STEPS:
-            name, count = self.config.env.name, update - self.last_update
-            raise RunError(f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)")
+            self._save_reconstruction(call.state)
+        if call.is_end or self._is_time_to_save(update):
+            self._save(call.state)
 
     def _is_time_to_save(self, update: int) -> bool:
         every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes
         waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
         return waited_long or (every > 0 and update % every == 0)
-
-    def _too_many_skipped(self, state: a2c.TrainState) -> RunError:
-        why = reporting.why_stopped(state)
-        return RunError(f"{self.run_directory.path}: {why}; nothing was saved now, {self.saver.last_good()}")
 
     def _save_reconstruction(self, state: a2c.TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
