@@ -22,7 +22,7 @@ from flax import nnx
 from dvrl_jax import agents, envs
 from dvrl_jax.agents import NO_TAPES, Agent, Tapes, UpdateInfo, bind
 from dvrl_jax.bptt import Notes, Replay, Segment, Window, over_steps
-from dvrl_jax.envs.base import Environment, EnvState
+from dvrl_jax.envs import BatchedEnvironment, EnvState
 from dvrl_jax.fast.distinct import is_blank
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 from dvrl_jax.tape import Player, Recorder
@@ -74,7 +74,7 @@ def a2c_losses(
 
     Args:
         value, log_prob, entropy, encoding_loss, returns: [T, B].
-        mask: [T, B], which steps were transitions; the means are over those.
+        mask: [T, B], which steps were valid; the means are over those.
         coefs: has `value_coef`, `action_coef`, `entropy_coef`, `encoding_coef`.
     """
     chex.assert_equal_shape([value, log_prob, entropy, encoding_loss, returns, mask])
@@ -115,7 +115,7 @@ class Actor(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything training carries. `update` counts updates; `env_steps` counts transitions (uint32).
+    """Everything training carries. `update` counts updates; `env_steps` counts valid steps (uint32).
 
     `skipped` counts the updates that were left out because something was not finite, `skipped_in_row` the latest such
     without a good one in between. The randomness of update i comes from `key` and i alone.
@@ -152,7 +152,7 @@ class Rollout(NamedTuple):
     Attributes:
         actor, batch_stats: after the segment.
         segment: for unrolling it again. weigh_notes, summary_notes: the notes that `segment` leaves out.
-        action: [T, B, ...] taken. env: [T, B] outcomes of the steps; obs and inner left out.
+        action: [T, B, ...] taken. env: [T, B] outcomes of the steps; obs, final_obs and inner left out.
         bootstrap: [B], the value of the last observation.
     """
 
@@ -200,7 +200,7 @@ class Learner(NamedTuple):
 # --- Steps of the loop that need no configuration ---------------------------------------------------------------------
 
 
-def make_agent(config, env: Environment, key: Array) -> Agent:
+def make_agent(config, env: BatchedEnvironment, key: Array) -> Agent:
     """Makes the agent that `config.algorithm` names, with fresh weights."""
     return agents.named()[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
 
@@ -254,7 +254,7 @@ def recover(actor: Actor, skipped: Array) -> Actor:
 def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
     """The metrics of one update, by the names under which they are logged."""
     steps, env = outcome.steps, outcome.rollout.env
-    mask = env.transition
+    mask = env.valid
     measured = {f"loss.{name}": value for name, value in outcome.losses._asdict().items()}
     measured |= {name: masked_mean(x, mask) for name, x in steps.metrics.items()}
     measured["obs.avg_nr_observed"] = masked_mean(env.observed.astype(jnp.float32), mask)
@@ -265,7 +265,7 @@ def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
 # --- The loop --------------------------------------------------------------------------------------------------------
 
 
-def make_learner(config, env: Environment) -> Learner:
+def make_learner(config, env: BatchedEnvironment) -> Learner:
     """Builds training for a configuration and an environment.
 
     Returns a `Learner` of functions: `init(key)` makes the state, `restart` gives it new episodes, `run(state, n)` does
@@ -307,13 +307,13 @@ def make_learner(config, env: Environment) -> Learner:
         policy = agent.policy(agent.policy_features(belief, tapes.summarise))
         action = policy.sample(seed=draws.action_keys) if draws.action is None else draws.action
         outcome = env.step(actor.env, action)
-        # A transition that ends an episode, or a call that delivered a new episode's first frame.
-        fresh = outcome.done | ~outcome.transition
+        # A step that ends an episode, or a call that delivered a new episode's first frame.
+        fresh = outcome.done | ~outcome.valid
         notes = Notes(*(tape.notes for tape in tapes))
         obs, kept_notes = actor.env.obs, notes._replace(weigh=(), summarise=())
         kept = (actor.belief.h, obs, is_blank(obs), prev_action, actor.fresh, info.trace, kept_notes)
         actor = Actor(outcome, belief, agent.action_vector(action), fresh)
-        outcome = outcome._replace(inner=(), obs=())
+        outcome = outcome._replace(inner=(), obs=(), final_obs=())
         return (actor, nnx.state(agent, nnx.BatchStat)), (kept, notes.weigh, notes.summarise, action, outcome)
 
     def roll_out(params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Draws) -> Rollout:
@@ -350,7 +350,7 @@ def make_learner(config, env: Environment) -> Learner:
         steps = Steps(*judged, *weighed)
         reward = config.loss.reward_scale * rollout.env.reward
         returns = n_step_returns(reward, rollout.env.done, rollout.bootstrap, gamma)
-        losses = a2c_losses(*steps[:4], returns, rollout.env.transition, config.loss)
+        losses = a2c_losses(*steps[:4], returns, rollout.env.valid, config.loss)
         return losses.total, Outcome(rollout, steps, losses, returns)
 
     def learn(params, batch_stats, rollout: Rollout, window: Window) -> tuple[nnx.State, Outcome]:
@@ -401,7 +401,7 @@ def make_learner(config, env: Environment) -> Learner:
             metrics=state.metrics.add(measure(grads, outcome), good),
             key=state.key,
             update=state.update + 1,
-            env_steps=state.env_steps + jnp.sum(rollout.env.transition, dtype=jnp.uint32),
+            env_steps=state.env_steps + jnp.sum(rollout.env.valid, dtype=jnp.uint32),
             skipped=state.skipped + ~good,
             skipped_in_row=skipped_in_row,
         )
@@ -447,7 +447,7 @@ def make_learner(config, env: Environment) -> Learner:
         """Fresh weights, fresh episodes, counters at 0. Not to be compiled: it resets the environments.
 
         Raises:
-            RunError: the environment is not as `Environment` says.
+            RunError: the environment is not as its interface says.
         """
         agent_key, env_key, train_key = jax.random.split(key, 3)
         env_state = env.reset(env_key)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent, bind
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment, Environment
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import compilation, reporting
 from dvrl_jax.runs import config as config_lib
@@ -107,8 +107,8 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
 
 def make_env(
     config: ConfigDict, num_envs: int | None = None, seed: int | None = None, keep_view: bool = False
-) -> Environment:
-    """The environment of a configuration, of `config.num_envs` and `config.seed` if not said otherwise.
+) -> BatchedEnvironment:
+    """The environments of a configuration, `config.num_envs` with `config.seed` if not said otherwise.
 
     `keep_view` is needed for `record` where observations are blanked.
     """
@@ -116,13 +116,13 @@ def make_env(
     return envs.make_env(config.env, num_envs, config.seed if seed is None else seed, keep_view)
 
 
-def make_agent(config: ConfigDict, env: Environment, seed: int = 0) -> Agent:
+def make_agent(config: ConfigDict, env: Environment | BatchedEnvironment, seed: int = 0) -> Agent:
     """The agent of a configuration with fresh weights."""
     return a2c.make_agent(config, env, jax.random.PRNGKey(seed))
 
 
-def make_train(config: ConfigDict, env: Environment) -> Train:
-    """Returns `train(seed=0, num_updates=..., state=None)`, which trains in `env`.
+def make_train(config: ConfigDict, env: Environment | BatchedEnvironment) -> Train:
+    """Returns `train(seed=0, num_updates=..., state=None)`, which trains in `env` (`config.num_envs` copies of one).
 
     An update is `config.num_steps` steps in each environment. `train` returns the final `TrainState` and a list of
     metrics, one dict per `config.log.interval` updates under the names of metrics.jsonl. With a `state` that it
@@ -134,6 +134,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
         RunError: by `train`, after `config.max_skipped_updates` updates in a row that were not finite. This and a
             KeyboardInterrupt (Ctrl-C) have what there was until then: `error.state` and `error.history`.
     """
+    env = envs.as_batch(env, config.num_envs)
     learner = a2c.make_learner(config, env)
     program = compilation.jit(learner.run, config)
 
@@ -164,7 +165,7 @@ def make_train(config: ConfigDict, env: Environment) -> Train:
     return train
 
 
-def trained_agent(config: ConfigDict, env: Environment, state: a2c.TrainState) -> Agent:
+def trained_agent(config: ConfigDict, env: Environment | BatchedEnvironment, state: a2c.TrainState) -> Agent:
     """The agent with a state's weights, ready to play: batch norm uses its running averages."""
     abstract = nnx.eval_shape(lambda: make_agent(config, env))
     graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)

@@ -76,7 +76,7 @@ def test_what_was_watched_fits_together(tmp_path):
     run = dvrl_jax.load_run(tmp_path / "run", checkpoint="latest")
     env = dvrl_jax.make_env(run.config, num_envs=4, seed=1, keep_view=True)
     seen = dvrl_jax.watch(run.agent, env, jax.random.PRNGKey(1), steps=160)
-    assert seen.transition.all() and 0.4 < seen.observed.mean() < 0.6
+    assert seen.valid.all() and 0.4 < seen.observed.mean() < 0.6
     np.testing.assert_array_equal(seen.obs[~seen.observed], 0.0)
     assert np.abs(seen.obs - 10 * seen.view)[seen.observed].mean() < 5
     np.testing.assert_array_equal(np.flatnonzero(seen.fresh.all(axis=1)), [0, 75, 150])

@@ -234,7 +234,7 @@ class _Loop:
             self.last_update, self.last_steps = update, steps
         elif update - self.last_update >= MAX_UPDATES_WITHOUT_STEPS:
             name, count = self.config.env.name, update - self.last_update
-            raise RunError(f"{name}: no call of step in the last {count} updates was a `transition` (see EnvState)")
+            raise RunError(f"{name}: no call of step in the last {count} updates was `valid` (see EnvState)")
 
     def _is_time_to_save(self, update: int) -> bool:
         every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, envs
 from dvrl_jax.agents import Agent
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
@@ -24,7 +24,7 @@ MAX_STEPS = 200_000  # Longer than any game: EnvPool cuts games off, and a life 
 
 
 class Games(NamedTuple):
-    """Results of whole games: unclipped returns and lengths in transitions, one entry per game."""
+    """Results of whole games: unclipped returns and lengths in steps, one entry per game."""
 
     returns: np.ndarray
     lengths: np.ndarray
@@ -58,7 +58,7 @@ def read_run_config(path: Path, default: ConfigDict) -> ConfigDict:
     return config
 
 
-def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str) -> tuple[Agent, int]:
+def load_agent(path: Path, config: ConfigDict, env: BatchedEnvironment, checkpoint: str) -> tuple[Agent, int]:
     """Restores the agent of a run, with batch norm on its running averages.
 
     Args:
@@ -84,7 +84,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
     return agent, step
 
 
-def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Games:
+def play(agent: Agent, env: BatchedEnvironment, key: Array, greedy: bool = False) -> Games:
     """Plays one whole game in each of the environments.
 
     Args:
@@ -96,13 +96,13 @@ def play(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Ga
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> tuple[Array, Array, Array]:
         del agent, key
         state = turn.after
-        return state.true_reward, state.transition, state.game_over & state.transition
+        return state.true_reward, state.valid, state.game_over & state.valid
 
     total, length, over = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64), np.zeros(env.num_envs, bool)
     stretches = playing.play(agent, env, key, keep, greedy)
-    for rewards, transitions, ends in itertools.islice(stretches, MAX_STEPS // playing.STEPS_PER_CALL):
-        for reward, transition, end in zip(rewards, transitions, ends, strict=True):
-            counts = transition & ~over
+    for rewards, valids, ends in itertools.islice(stretches, MAX_STEPS // playing.STEPS_PER_CALL):
+        for reward, valid, end in zip(rewards, valids, ends, strict=True):
+            counts = valid & ~over
             total += np.where(counts, reward, 0.0)
             length += counts
             over |= end

@@ -16,7 +16,7 @@ from flax import nnx
 from dvrl_jax import a2c
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.agents.base import Prediction
-from dvrl_jax.envs import Environment, EnvState
+from dvrl_jax.envs import BatchedEnvironment, EnvState
 from dvrl_jax.runs import compilation
 
 Array = jax.Array
@@ -47,12 +47,12 @@ class Watched(NamedTuple):
     """T turns of B environments, every array [T, B, ...]; entry t is what held when action t was chosen.
 
     Attributes:
-        view: the true state, as `Environment.view` shows it.
+        view: the true state, as `BatchedEnvironment.view` shows it.
         obs: the observation that the agent got. observed: bool, it was not blanked.
         fresh: bool, it was the first of an episode; belief and previous action started anew with it.
         belief: the agent's, after that observation: a named tuple, of DVRL `dvrl_jax.agents.dvrl.Belief`.
         value: V. policy: [T, B, A] action probabilities (discrete) or means (continuous). action: [T, B] or [T, B, A].
-        reward: of the underlying game, for that action. transition: bool, False for a turn that does not count, because
+        reward: of the underlying game, for that action. valid: bool, False for a turn that does not count, because
             the environment only delivered an episode's first observation after it (see `EnvState`).
         game_over: bool, the action ended the game.
     """
@@ -66,7 +66,7 @@ class Watched(NamedTuple):
     policy: Array
     action: Array
     reward: Array
-    transition: Array
+    valid: Array
     game_over: Array
 
 
@@ -79,7 +79,7 @@ def look(agent: Agent, actor: a2c.Actor, key: Array) -> Prediction:
 
 
 def take_turn(
-    agent: Agent, env: Environment, actor: a2c.Actor, key: Array, greedy: bool = False
+    agent: Agent, env: BatchedEnvironment, actor: a2c.Actor, key: Array, greedy: bool = False
 ) -> tuple[a2c.Actor, Turn]:
     """Looks, acts, and steps the environment; `greedy` takes the most probable action instead of sampling."""
     look_key, action_key = jax.random.split(key)
@@ -88,12 +88,12 @@ def take_turn(
     action = policy.mode() if greedy else policy.sample(seed=action_key)
     state = env.step(actor.env, action)
     turn = Turn(actor.env, actor.fresh, last, policy, value, action, state)
-    return a2c.Actor(state, last.belief, agent.action_vector(action), state.done | ~state.transition), turn
+    return a2c.Actor(state, last.belief, agent.action_vector(action), state.done | ~state.valid), turn
 
 
 def play(
     agent: Agent,
-    env: Environment,
+    env: BatchedEnvironment,
     key: Array,
     keep: Callable[[Agent, Turn, Array], Any],
     greedy: bool = False,
@@ -127,7 +127,7 @@ def play(
         yield jax.tree.map(np.asarray, kept)
 
 
-def seen(env: Environment, turn: Turn) -> Watched:
+def seen(env: BatchedEnvironment, turn: Turn) -> Watched:
     """All of a turn, without the leading axis over turns."""
     before, after, policy = turn.before, turn.after, turn.policy
     return Watched(
@@ -140,14 +140,14 @@ def seen(env: Environment, turn: Turn) -> Watched:
         policy=policy.probs if env.action.discrete else policy.loc,
         action=turn.action,
         reward=after.true_reward,
-        transition=after.transition,
+        valid=after.valid,
         game_over=after.game_over,
     )
 
 
 def watch(
     agent: Agent,
-    env: Environment,
+    env: BatchedEnvironment,
     key: Array,
     steps: int,
     keep: Callable[[Agent, Turn, Array], Any] | None = None,
