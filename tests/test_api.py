@@ -20,7 +20,8 @@ SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_
 def test_everything_that_is_offered_exists():
     for name in dvrl_jax.__all__:
         assert getattr(dvrl_jax, name).__doc__, name
-        kinds = ("Agent", "Environment", "Games", "Recording", "Run", "Turn", "Watched")
+        kinds = ("ActionSpec", "Agent", "Batched", "BatchedEnvironment", "Environment", "Games", "ObservationSpec")
+        kinds += ("Recording", "Run", "Step", "Turn", "Watched")
         assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dvrl_jax.nonsense  # noqa: B018

@@ -158,6 +158,8 @@ def test_observations_equal_those_of_the_python_interface(run):
     assert run.states.obs.dtype == np.uint8 and run.states.obs.shape[2:] == (84, 84, 1)
     np.testing.assert_array_equal(run.first.obs[..., 0], run.first_obs[:, 0])
     np.testing.assert_array_equal(run.states.obs[..., 0], run.obs[:, :, 0])
+    # The last frame of an episode is delivered with its end, and the next one's first a call later.
+    np.testing.assert_array_equal(run.states.final_obs, run.states.obs)
     assert len(np.unique(run.obs[0].reshape(run.obs.shape[1], -1), axis=0)) > 1, "environments are copies of one"
 
 
@@ -166,13 +168,14 @@ def test_rewards_and_ends_equal_those_of_the_python_interface(run):
     np.testing.assert_array_equal(run.states.true_reward, run.info["reward"])
     np.testing.assert_array_equal(run.states.reward, np.sign(run.info["reward"]))
     np.testing.assert_array_equal(run.states.done, run.ended)
+    np.testing.assert_array_equal(run.states.truncated, run.truncated & ~run.terminated)
     assert np.all(run.states.observed)
 
 
 def test_the_call_after_an_end_is_no_transition_and_has_no_outcome(run):
     late = run.late_reset
     np.testing.assert_array_equal(run.states.valid, ~late)
-    for name in ("reward", "true_reward", "done", "game_over"):
+    for name in ("reward", "true_reward", "done", "truncated", "game_over"):
         assert not np.any(getattr(run.states, name)[late]), name
     # EnvPool says the same, so nothing is thrown away.
     assert not np.any(run.reward[late]) and not np.any(run.info["reward"][late]) and not np.any(run.ended[late])

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
     Attributes:
         state: the environment's state after the step, a pytree like that of `reset`.
-        obs: of that state, also where the episode has ended. reward: [] of the step.
+        obs: of that state, also where the episode has ended: never a next episode's. reward: [] of the step.
         terminated: [] bool, the episode ended in this state, whose value is 0.
         truncated: [] bool, the episode was cut off, as by a time limit: the state has a value to bootstrap from.
     """

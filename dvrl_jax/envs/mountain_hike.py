@@ -78,13 +78,13 @@ class MountainHike(Environment):
         return HikePainter()
 
     def reset(self, key: Array) -> tuple[HikeState, Array]:
-        start_noise, reading_noise = jax.random.normal(key, (2, 2))
+        start_noise, reading_noise = jnp.split(jax.random.normal(key, (4,)), 2)
         position = jnp.asarray(START) + START_STD * start_noise
         return HikeState(position, jnp.zeros((), jnp.int32)), self._observe(position, reading_noise)
 
     def step(self, key: Array, state: HikeState, action: Array) -> Step:
         """Moves, pays, and observes; an episode is cut off after `EPISODE_LENGTH` steps."""
-        move_noise, reading_noise = jax.random.normal(key, (2, 2))
+        move_noise, reading_noise = jnp.split(jax.random.normal(key, (4,)), 2)
         position = state.position + clip_action(action) + TRANSITION_STD * move_noise
         reward = height_reward(position) - ACTION_COST * jnp.linalg.norm(action)
         time = state.time + 1
