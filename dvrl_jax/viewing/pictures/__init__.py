@@ -1,6 +1,6 @@
 """Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still; and predictions.
 
-An environment's picture is a `Painter`. It may have one of its own (`Environment.painter`); any other environment with
+An environment's picture is a `Painter`. It may have one of its own (`Task.painter`); any other environment with
 image observations gets `FramePainter`. Nothing here needs a display.
 """
 
