@@ -52,8 +52,8 @@ def torch_gradient(golden: Golden, noise: dict[str, np.ndarray]) -> dict[str, np
         with torch.no_grad():
             _, features, _ = agent(belief, tensor("obs", (segment + 1) * sizes.num_steps), last, drawn)
             bootstrap = agent.heads(features)[0]
-        transitions = [torch.ones(sizes.num_envs)] * sizes.num_steps
-        losses, _ = torch_dvrl.segment_loss(agent, steps, rewards, not_dones, transitions, bootstrap)
+        valids = [torch.ones(sizes.num_envs)] * sizes.num_steps
+        losses, _ = torch_dvrl.segment_loss(agent, steps, rewards, not_dones, valids, bootstrap)
         agent.zero_grad()
         losses[0].backward(retain_graph=True)
         if segment == 0:

@@ -236,7 +236,7 @@ def restart(belief, not_done):
     return {name: x * not_done.view(-1, *[1] * (x.ndim - 1)) for name, x in belief.items()}
 
 
-def segment_loss(agent, steps, rewards, not_dones, transitions, bootstrap):
+def segment_loss(agent, steps, rewards, not_dones, valids, bootstrap):
     """A2C losses of one segment: (total, value, action, entropy, encoding), and the returns [T, B]."""
     s = agent.sizes
     returns, following = [], bootstrap
@@ -245,7 +245,7 @@ def segment_loss(agent, steps, rewards, not_dones, transitions, bootstrap):
         returns.append(following)
     returns = torch.stack(returns[::-1])
     value, log_prob, entropy, encoding = (torch.stack(x) for x in zip(*steps, strict=True))
-    mask = torch.stack(transitions)
+    mask = torch.stack(valids)
     mean = lambda x: (x * mask).sum() / mask.sum()
     advantage = returns - value
     losses = mean(advantage**2), -mean(advantage.detach() * log_prob), mean(entropy), mean(encoding)
@@ -272,23 +272,23 @@ class Trainer:
         s, env = self.agent.sizes, self.env
         if self.updates % self.window == 0:
             self.belief = {name: x.detach() for name, x in self.belief.items()}
-        steps, rewards, not_dones, transitions = [], [], [], []
+        steps, rewards, not_dones, valids = [], [], [], []
         for _ in range(self.num_steps):
             draws = self.agent.draw(env.num_envs)
             self.belief, features, encoding_loss = self.agent(self.belief, self.obs, self.prev_action, draws)
             value, action, log_prob, entropy = self.agent.heads(features)
-            self.obs, reward, not_done, keep, transition = env.step(action.detach())
+            self.obs, reward, not_done, keep, valid = env.step(action.detach())
             self.belief = restart(self.belief, keep)
             encoded = F.one_hot(action[:, 0], s.num_actions).float() if s.discrete else action
             self.prev_action = torch.where(keep[:, None] > 0, encoded, env.first_action())
             steps.append((value, log_prob, entropy, encoding_loss))
             rewards.append(reward)
             not_dones.append(not_done)
-            transitions.append(transition)
+            valids.append(valid)
         with torch.no_grad():
             _, features, _ = self.agent(self.belief, self.obs, self.prev_action, self.agent.draw(env.num_envs))
             bootstrap = self.agent.heads(features)[0]
-        losses, _ = segment_loss(self.agent, steps, rewards, not_dones, transitions, bootstrap)
+        losses, _ = segment_loss(self.agent, steps, rewards, not_dones, valids, bootstrap)
         for param in self.params:
             param.grad = None
         self.updates += 1
@@ -304,7 +304,7 @@ class Trainer:
 
 
 class Atari:
-    """Flickering games on EnvPool's Python interface; the call after a `done` is no transition."""
+    """Flickering games on EnvPool's Python interface; the call after a `done` is not valid."""
 
     def __init__(self, config, device):
         from dvrl_jax.envs.atari import make_pool
@@ -332,7 +332,7 @@ class Atari:
         return torch.from_numpy(x).to(self.device)
 
     def step(self, action):
-        """Returns (obs, reward [B], not_done [B], keep [B]: belief goes on, transition [B])."""
+        """Returns (obs, reward [B], not_done [B], keep [B]: belief goes on, valid [B])."""
         frames, reward, terminated, truncated, _ = self.pool.step(action[:, 0].cpu().numpy().astype(np.int32))
         late, done = self.was_done, terminated | truncated
         self.was_done = done

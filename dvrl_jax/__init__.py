@@ -26,11 +26,16 @@ import importlib
 
 # What is offered, by the module that has it. Imported when asked for: most programs need only a part.
 _HOMES = {
+    "ActionSpec": "envs",
     "Agent": "agents",
+    "Batched": "envs",
+    "BatchedEnvironment": "envs",
     "Environment": "envs",
     "Games": "viewing.evaluation",
+    "ObservationSpec": "envs",
     "Recording": "viewing.recording",
     "Run": "api",
+    "Step": "envs",
     "Turn": "viewing.playing",
     "Watched": "viewing.playing",
     "load_run": "api",

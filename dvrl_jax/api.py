@@ -104,8 +104,8 @@ def load_run(path: str | Path, checkpoint: str | int = "best") -> Run:
 
 def make_env(
     config: ConfigDict, num_envs: int | None = None, seed: int | None = None, keep_view: bool = False
-) -> Environment:
-    """The environment of a configuration, of `config.num_envs` and `config.seed` if not said otherwise.
+) -> BatchedEnvironment:
+    """The environments of a configuration, `config.num_envs` with `config.seed` if not said otherwise.
 
     `keep_view` is needed for `record` where observations are blanked.
     """
@@ -113,7 +113,7 @@ def make_env(
     return envs.make_env(config.env, num_envs, config.seed if seed is None else seed, keep_view)
 
 
-def make_agent(config: ConfigDict, env: Environment, seed: int = 0) -> Agent:
+def make_agent(config: ConfigDict, env: Environment | BatchedEnvironment, seed: int = 0) -> Agent:
     """The agent of a configuration with fresh weights."""
     return acting.make_agent(config, env, jax.random.PRNGKey(seed))
 
@@ -210,7 +210,7 @@ def make_train(config: ConfigDict, env: Environment | BatchedEnvironment) -> Tra
     return Train(config, envs.as_batch(env, config.num_envs))
 
 
-def trained_agent(config: ConfigDict, env: Environment, state: a2c.TrainState) -> Agent:
+def trained_agent(config: ConfigDict, env: Environment | BatchedEnvironment, state: a2c.TrainState) -> Agent:
     """The agent with a state's weights, ready to play: batch norm uses its running averages."""
     abstract = nnx.eval_shape(lambda: make_agent(config, env))
     graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvrl_jax.envs.base import EnvState
+from dvrl_jax.envs.batched import EnvState
 
 Array = jax.Array
 
@@ -19,7 +19,7 @@ class EpisodeStatistics(NamedTuple):
     """Returns of the episodes under way and of the last `RESULT_WINDOW` finished ones.
 
     Attributes:
-        clipped, length: [B] reward (as learned from, but for `loss.reward_scale`) and number of transitions of the
+        clipped, length: [B] reward (as learned from, but for `loss.reward_scale`) and number of steps of the
             episode under way.
         true: [B] unclipped return of the game under way (several episodes, where a life is an episode).
         finished: [RESULT_WINDOW] clipped returns of finished episodes, a ring. lengths: [RESULT_WINDOW] their lengths.
@@ -48,7 +48,7 @@ class EpisodeStatistics(NamedTuple):
         return self._replace(clipped=zeros, length=zeros, true=zeros)
 
     def add(self, env: EnvState) -> "EpisodeStatistics":
-        """Takes in a segment: `env` holds arrays [T, B]. Calls that were no transition change nothing."""
+        """Takes in a segment: `env` holds arrays [T, B]. Calls that are not `valid` change nothing."""
 
         def step(running, x):
             clipped, length, true = running

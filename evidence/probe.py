@@ -19,7 +19,7 @@ from absl import flags
 from dvrl_jax import envs
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment
 from dvrl_jax.envs import mountain_hike as hike
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, markdown, process
@@ -63,7 +63,7 @@ def features_of(agent: Agent, belief: Any) -> dict[str, Array]:
     }
 
 
-def play(agent: Agent, env: Environment, key: Array) -> Episodes:
+def play(agent: Agent, env: BatchedEnvironment, key: Array) -> Episodes:
     """Plays one episode in each of the environments, actions sampled as in training."""
 
     def keep(agent: Agent, turn: playing.Turn, key: Array) -> Episodes:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dvrl_jax.envs import MountainHike
+from dvrl_jax.envs import Batched, MountainHike
 from dvrl_jax.envs import mountain_hike as hike
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import command_line, markdown
@@ -85,7 +85,7 @@ def play(
 @functools.partial(jax.jit, static_argnames=("choose", "episodes"))
 def _play(choose, parameters, observation_std, gains, episodes, key):
     """Rewards and ends of episodes, [T, B]."""
-    env = MountainHike(episodes, observation_std)
+    env = Batched(MountainHike(observation_std), episodes)
     reset_key, action_key = jax.random.split(key)
 
     def step(carry, time):

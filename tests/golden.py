@@ -12,10 +12,10 @@ from configs import default
 from dvrl_jax import a2c
 from dvrl_jax.agents import dvrl
 from dvrl_jax.agents.original_weights import from_original
-from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
 
 
-class Recording(Environment):
+class Recording(BatchedEnvironment):
     """Plays back recorded observations [N+1, B, ...], rewards and ends [N, B]; `EnvState.inner` is the step."""
 
     restorable = True

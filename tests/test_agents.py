@@ -14,7 +14,7 @@ from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.viewing import playing
 from tests.golden import Recording
-from tests.tiny import Recall, tiny_config
+from tests.tiny import recall, tiny_config
 
 NUM_ENVS, STEPS = 3, 8
 SHAPES = {"vector": (2,), "16": (16, 16, 1), "32": (32, 32, 1), "84": (84, 84, 1)}
@@ -234,7 +234,7 @@ def test_detached_belief_gets_no_gradient_from_the_policy():
 def test_training_can_be_vmapped_over_seeds():
     """The training step under vmap gives each seed what it gets alone."""
     config = tiny_config("rnn")
-    learner = a2c.make_learner(config, Recall(config.num_envs))
+    learner = a2c.make_learner(config, recall(config.num_envs))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
     together = jax.jit(lambda keys: jax.vmap(lambda key: learner.run(learner.init(key), jnp.int32(4)))(keys))(keys)
     for i, key in enumerate(keys):

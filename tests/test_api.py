@@ -20,7 +20,8 @@ SMALL = {"num_envs": 2, "model__channels": (8, 8), "model__h_dim": 8, "model__z_
 def test_everything_that_is_offered_exists():
     for name in dvrl_jax.__all__:
         assert getattr(dvrl_jax, name).__doc__, name
-        kinds = ("Agent", "Environment", "Games", "Recording", "Run", "Turn", "Watched")
+        kinds = ("ActionSpec", "Agent", "Batched", "BatchedEnvironment", "Environment", "Games", "ObservationSpec")
+        kinds += ("Recording", "Run", "Step", "Turn", "Watched")
         assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dvrl_jax.nonsense  # noqa: B018
@@ -85,7 +86,7 @@ def test_what_was_watched_fits_together(tmp_path):
     run = dvrl_jax.load_run(tmp_path / "run", checkpoint="latest")
     env = dvrl_jax.make_env(run.config, num_envs=4, seed=1, keep_view=True)
     seen = dvrl_jax.watch(run.agent, env, jax.random.PRNGKey(1), steps=160)
-    assert seen.transition.all() and 0.4 < seen.observed.mean() < 0.6
+    assert seen.valid.all() and 0.4 < seen.observed.mean() < 0.6
     np.testing.assert_array_equal(seen.obs[~seen.observed], 0.0)
     assert np.abs(seen.obs - 10 * seen.view)[seen.observed].mean() < 5
     np.testing.assert_array_equal(np.flatnonzero(seen.fresh.all(axis=1)), [0, 75, 150])

@@ -19,7 +19,7 @@ import pytest
 
 from configs import atari_dvrl, atari_rnn, default
 from dvrl_jax import a2c
-from dvrl_jax.envs import ActionSpec, EnvState, Flicker, MountainHike, atari, make_env
+from dvrl_jax.envs import ActionSpec, Batched, EnvState, Flicker, MountainHike, atari, make_env
 from dvrl_jax.envs.atari import Atari, make_pool
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
 from tests.golden import Recording
@@ -27,7 +27,7 @@ from tests.golden import Recording
 NUM_ENVS = 8
 SEED = 7
 SEGMENT = 5
-FIELDS = ("reward", "done", "transition", "true_reward", "game_over", "observed")
+FIELDS = ("reward", "done", "truncated", "valid", "true_reward", "game_over", "observed")
 
 
 # --- Two ways to run the same games ----------------------------------------------------------------------------------
@@ -158,6 +158,8 @@ def test_observations_equal_those_of_the_python_interface(run):
     assert run.states.obs.dtype == np.uint8 and run.states.obs.shape[2:] == (84, 84, 1)
     np.testing.assert_array_equal(run.first.obs[..., 0], run.first_obs[:, 0])
     np.testing.assert_array_equal(run.states.obs[..., 0], run.obs[:, :, 0])
+    # The last frame of an episode is delivered with its end, and the next one's first a call later.
+    np.testing.assert_array_equal(run.states.final_obs, run.states.obs)
     assert len(np.unique(run.obs[0].reshape(run.obs.shape[1], -1), axis=0)) > 1, "environments are copies of one"
 
 
@@ -166,20 +168,21 @@ def test_rewards_and_ends_equal_those_of_the_python_interface(run):
     np.testing.assert_array_equal(run.states.true_reward, run.info["reward"])
     np.testing.assert_array_equal(run.states.reward, np.sign(run.info["reward"]))
     np.testing.assert_array_equal(run.states.done, run.ended)
+    np.testing.assert_array_equal(run.states.truncated, run.truncated & ~run.terminated)
     assert np.all(run.states.observed)
 
 
 def test_the_call_after_an_end_is_no_transition_and_has_no_outcome(run):
     late = run.late_reset
-    np.testing.assert_array_equal(run.states.transition, ~late)
-    for name in ("reward", "true_reward", "done", "game_over"):
+    np.testing.assert_array_equal(run.states.valid, ~late)
+    for name in ("reward", "true_reward", "done", "truncated", "game_over"):
         assert not np.any(getattr(run.states, name)[late]), name
     # EnvPool says the same, so nothing is thrown away.
     assert not np.any(run.reward[late]) and not np.any(run.info["reward"][late]) and not np.any(run.ended[late])
 
 
 def test_number_of_transitions_counts_every_call_but_late_resets(run):
-    assert run.states.transition.sum() == Count(run).transitions < run.states.transition.size
+    assert run.states.valid.sum() == Count(run).transitions < run.states.valid.size
 
 
 def test_late_reset_ignores_its_action():
@@ -233,7 +236,7 @@ def test_true_return_of_a_game_is_the_score_on_the_screen(request, game, score_c
     run = request.getfixturevalue(game)
     scores = decimal(run.info["ram"].astype(int), *score_cells)[run.states.game_over]
     statistics = EpisodeStatistics.empty(NUM_ENVS)
-    statistics = jax.jit(EpisodeStatistics.add)(statistics, run.states._replace(obs=()))
+    statistics = jax.jit(EpisodeStatistics.add)(statistics, run.states._replace(obs=(), final_obs=()))
     assert 15 < len(scores) <= RESULT_WINDOW and int(statistics.num_finished_true) == len(scores)
     np.testing.assert_array_equal(statistics.finished_true[: len(scores)], scores)
     assert scores.max() > 0
@@ -242,7 +245,7 @@ def test_true_return_of_a_game_is_the_score_on_the_screen(request, game, score_c
 def test_statistics_fed_by_segments_equal_the_count(run):
     """As training does it: five steps at a time, without observations."""
     num_envs = run.reward.shape[1]
-    segments = jax.tree.map(lambda x: x.reshape(-1, SEGMENT, num_envs), run.states._replace(obs=()))
+    segments = jax.tree.map(lambda x: x.reshape(-1, SEGMENT, num_envs), run.states._replace(obs=(), final_obs=()))
 
     @jax.jit
     def feed(segments):
@@ -294,7 +297,7 @@ def test_reset_in_the_middle_of_a_game_starts_a_new_one():
     state, (done, _) = scan(env.reset(jax.random.key(0)))
     assert np.any(done.sum(axis=0) % 5 != 0), "all games happen to be between two games"
     state = env.reset(jax.random.key(0))
-    assert np.all(state.transition)
+    assert np.all(state.valid)
     _, (done, game_over) = scan(state)
     for b in range(4):
         assert game_over[:, b].any()
@@ -308,21 +311,21 @@ def loss_inputs(seed=0):
     """Random [T, B] inputs of the losses, where one environment's life ends and the next call is a late reset."""
     rng = np.random.default_rng(seed)
     value, log_prob, entropy, encoding, reward = rng.normal(size=(5, 6, 4)).astype(np.float32)
-    done, transition = np.zeros((6, 4), bool), np.ones((6, 4), bool)
-    done[2, 0], transition[3, 0] = True, False  # In the middle.
-    transition[0, 1] = False  # The end was the previous segment's last step.
-    done[4, 2], transition[5, 2] = True, False  # The late reset is the last step.
+    done, valid = np.zeros((6, 4), bool), np.ones((6, 4), bool)
+    done[2, 0], valid[3, 0] = True, False  # In the middle.
+    valid[0, 1] = False  # The end was the previous segment's last step.
+    done[4, 2], valid[5, 2] = True, False  # The late reset is the last step.
     done[5, 3] = True  # It will be the next segment's first.
-    return (value, log_prob, entropy, encoding), reward, done, transition, rng.normal(size=4).astype(np.float32)
+    return (value, log_prob, entropy, encoding), reward, done, valid, rng.normal(size=4).astype(np.float32)
 
 
-def losses_and_gradients(quantities, reward, done, transition, bootstrap):
+def losses_and_gradients(quantities, reward, done, valid, bootstrap):
     coefs = default.get_config().loss
     coefs.encoding_coef = 0.1
 
     def loss(quantities):
         returns = a2c.n_step_returns(reward, done, bootstrap, coefs.gamma)
-        losses = a2c.a2c_losses(*quantities, returns, transition, coefs)
+        losses = a2c.a2c_losses(*quantities, returns, valid, coefs)
         return losses.total, losses
 
     gradients, losses = jax.jit(jax.grad(loss, has_aux=True))(quantities)
@@ -330,21 +333,21 @@ def losses_and_gradients(quantities, reward, done, transition, bootstrap):
 
 
 def test_losses_and_their_gradients_ignore_whatever_a_late_reset_brings():
-    quantities, reward, done, transition, bootstrap = loss_inputs()
-    losses, gradients = losses_and_gradients(quantities, reward, done, transition, bootstrap)
+    quantities, reward, done, valid, bootstrap = loss_inputs()
+    losses, gradients = losses_and_gradients(quantities, reward, done, valid, bootstrap)
     garbage = np.random.default_rng(1).normal(size=(5, 6, 4)).astype(np.float32) * 1e4
-    *spoilt, spoilt_reward = (np.where(transition, x, g) for x, g in zip((*quantities, reward), garbage, strict=True))
-    spoilt_losses, spoilt_gradients = losses_and_gradients(tuple(spoilt), spoilt_reward, done, transition, bootstrap)
+    *spoilt, spoilt_reward = (np.where(valid, x, g) for x, g in zip((*quantities, reward), garbage, strict=True))
+    spoilt_losses, spoilt_gradients = losses_and_gradients(tuple(spoilt), spoilt_reward, done, valid, bootstrap)
     np.testing.assert_array_equal(losses, spoilt_losses)
     for gradient, spoilt_gradient in zip(gradients, spoilt_gradients, strict=True):
         np.testing.assert_array_equal(gradient, spoilt_gradient)
-        assert np.all(gradient[~transition] == 0) and np.all(gradient[transition] != 0)
+        assert np.all(gradient[~valid] == 0) and np.all(gradient[valid] != 0)
 
 
 def test_losses_are_means_over_transitions_alone():
     """In plain NumPy, one environment at a time, with late resets cut out of its sequence before anything else."""
-    (value, log_prob, entropy, encoding), reward, done, transition, bootstrap = loss_inputs()
-    advantages, kept = [], transition.T
+    (value, log_prob, entropy, encoding), reward, done, valid, bootstrap = loss_inputs()
+    advantages, kept = [], valid.T
     for b in range(4):
         following, returns = bootstrap[b], []
         for r, d in zip(reward[kept[b], b][::-1], done[kept[b], b][::-1], strict=True):
@@ -360,7 +363,7 @@ def test_losses_are_means_over_transitions_alone():
 
 
 class LateResets(Recording):
-    """A recording [N, B] some of whose calls were no transitions. What it plays is in its state, as data."""
+    """A recording [N, B] some of whose calls are not valid. What it plays is in its state, as data."""
 
     def __init__(self, obs, reward, done, late, action):
         super().__init__(obs, reward, done, action)
@@ -373,12 +376,13 @@ class LateResets(Recording):
     def playing(state, obs, reward, done, late):
         """The same state, but with another recording to play."""
         obs, reward, done, late = map(jnp.asarray, (obs, reward, done, late))
-        return state._replace(inner=(jnp.zeros((), jnp.int32), obs, reward, done, late), obs=obs[0])
+        inner = (jnp.zeros((), jnp.int32), obs, reward, done, late)
+        return state._replace(inner=inner, obs=obs[0], final_obs=obs[0])
 
     def step(self, state, action):
         t, obs, reward, done, late = state.inner
-        yes = jnp.ones(self.num_envs, bool)
-        return EnvState((t + 1, *state.inner[1:]), obs[t + 1], reward[t], done[t], ~late[t], reward[t], done[t], yes)
+        following = EnvState.go_on((t + 1, *state.inner[1:]), obs[t + 1], reward[t], done[t])
+        return following._replace(valid=~late[t])
 
 
 NUM_SEGMENTS, T, B = 2, 6, 3
@@ -431,9 +435,9 @@ class Training(NamedTuple):
         for segment in range(NUM_SEGMENTS):
             draws = self.learner.draw(jax.random.key(segment))
             grads, outcome = self.gradient(state.params, state.batch_stats, actor, window, draws)
-            transition = ~LATE[segment * T : (segment + 1) * T]
-            np.testing.assert_array_equal(outcome.rollout.env.transition, transition)
-            results.append((outcome.losses, grads, np.asarray(outcome.returns)[transition]))
+            valid = ~LATE[segment * T : (segment + 1) * T]
+            np.testing.assert_array_equal(outcome.rollout.env.valid, valid)
+            results.append((outcome.losses, grads, np.asarray(outcome.returns)[valid]))
             actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
         return jax.tree.map(np.asarray, results)
 
@@ -477,7 +481,7 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, fewer)
 
     for _, outcome in (with_late, without):
-        assert int(outcome.rollout.env.transition.sum()) == B * (T - 1)
+        assert int(outcome.rollout.env.valid.sum()) == B * (T - 1)
     compared = [(grads, x.losses, x.rollout.bootstrap, x.rollout.actor.belief) for grads, x in (with_late, without)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *compared)
 
@@ -489,7 +493,7 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
 def flickering_hike(p_blank, key=0):
     """Observations with flicker, without flicker and the `observed` flags, each [T, B, ...], `reset`'s first."""
     num_envs, num_steps = 64, 1000
-    hike = MountainHike(num_envs, 0.3)
+    hike = Batched(MountainHike(0.3), num_envs)
     flicker = Flicker(hike, p_blank)
     actions = jnp.zeros((num_steps, num_envs, 2))
 

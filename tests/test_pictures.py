@@ -46,14 +46,15 @@ def frames_recording(steps=4):
 
 def test_flicker_hands_the_true_frame_over_and_changes_nothing_else():
     plain, keeping = (
-        envs.Flicker(envs.MountainHike(4, 0.3), p_blank=0.5, keep_view=keep_view) for keep_view in (False, True)
+        envs.Flicker(envs.Batched(envs.MountainHike(0.3), 4), p_blank=0.5, keep_view=keep_view)
+        for keep_view in (False, True)
     )
     key, action = jax.random.PRNGKey(0), jnp.full((4, 2), 0.1)
     a, b = plain.reset(key), keeping.reset(key)
     for _ in range(2):
         for field in ("obs", "reward", "done", "observed", "true_reward"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-        np.testing.assert_array_equal(keeping.view(b), a.inner[0].position)
+        np.testing.assert_array_equal(keeping.view(b), a.inner[0].state.position)
         a, b = plain.step(a, action), keeping.step(b, action)
     with pytest.raises(ValueError, match="keep_view"):
         plain.view(a)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dvrl_jax import a2c
-from dvrl_jax.envs import ActionSpec, Environment, EnvState, MountainHike, ObservationSpec
+from dvrl_jax.envs import ActionSpec, Batched, BatchedEnvironment, EnvState, MountainHike, ObservationSpec
 from dvrl_jax.viewing import evaluation, playing, recording
-from tests.tiny import Recall, tiny_config, tiny_hike
+from tests.tiny import recall, tiny_config, tiny_hike
 
 
-class Scripted(Environment):
+class Scripted(BatchedEnvironment):
     """Games of two lives, with a late reset after each life as EnvPool has it; rewards are clipped, but not true ones.
 
     Environment b's lives last `LIVES[b]` steps; then the script begins again.
@@ -29,7 +29,7 @@ class Scripted(Environment):
 
     @staticmethod
     def _of_one(rng, lives):
-        """(true reward, done, transition, game over) of each call."""
+        """(true reward, done, valid, game over) of each call."""
         calls = []
         for life, length in enumerate(lives):
             for step in range(length):
@@ -45,16 +45,17 @@ class Scripted(Environment):
     def step(self, state, action):
         del action
         rows = [jnp.asarray(calls)[state.inner % len(calls)] for calls in self.script]
-        true, done, transition, over = jnp.stack(rows).T
-        flags = {"done": done > 0, "transition": transition > 0, "game_over": over > 0}
+        true, done, valid, over = jnp.stack(rows).T
+        flags = {"done": done > 0, "valid": valid > 0, "game_over": over > 0}
         obs = jnp.full((self.num_envs, 2), 1.0) * (1 + state.inner)
-        return state._replace(inner=state.inner + 1, obs=obs, reward=jnp.clip(true, -1, 1), true_reward=true, **flags)
+        rewards = {"reward": jnp.clip(true, -1, 1), "true_reward": true}
+        return state._replace(inner=state.inner + 1, obs=obs, final_obs=obs, **rewards, **flags)
 
     def first_game(self, number):
-        """True rewards of the transitions of an environment's first game."""
+        """True rewards of the valid steps of an environment's first game."""
         calls = self.script[number]
         over = next(place for place, call in enumerate(calls) if call[3])
-        return [true for true, _, transition, _ in calls[: over + 1] if transition]
+        return [true for true, _, valid, _ in calls[: over + 1] if valid]
 
 
 def agent_for(env, algorithm="rnn"):
@@ -88,7 +89,7 @@ def test_beliefs_start_anew_with_each_life_and_after_a_late_reset(algorithm):
     env = Scripted()
     seen = playing.watch(agent_for(env, algorithm), env, jax.random.PRNGKey(1), steps=12)
     for number, calls in enumerate(env.script):
-        ends = [done or not transition for _, done, transition, _ in itertools.islice(itertools.cycle(calls), 11)]
+        ends = [done or not valid for _, done, valid, _ in itertools.islice(itertools.cycle(calls), 11)]
         np.testing.assert_array_equal(seen.fresh[:, number], [True, *ends])
     # A belief that begins depends on nothing before it: the RNN's, after the same observation, is the same.
     if algorithm == "rnn":
@@ -102,13 +103,13 @@ def test_beliefs_start_anew_with_each_life_and_after_a_late_reset(algorithm):
 
 
 def test_greedy_actions_are_the_most_probable_ones_and_others_are_drawn():
-    env, key = MountainHike(50, 0.3), jax.random.PRNGKey(1)
+    env, key = Batched(MountainHike(0.3), 50), jax.random.PRNGKey(1)
     agent = a2c.make_agent(tiny_hike("rnn"), env, jax.random.PRNGKey(0))
     greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
     np.testing.assert_allclose(greedy.action, greedy.policy)
     # Fresh policies have a standard deviation of 1; of 800 numbers it is known to 2.5%.
     assert np.std(drawn.action - drawn.policy) == pytest.approx(1.0, abs=0.13)
-    env = Recall(50)
+    env = recall(50)
     agent = a2c.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
     greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
     np.testing.assert_array_equal(greedy.action, np.argmax(greedy.policy, -1))

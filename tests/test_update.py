@@ -9,7 +9,7 @@ import pytest
 from dvrl_jax import a2c
 from dvrl_jax.agents import dvrl
 from dvrl_jax.envs import Flicker
-from tests.tiny import Recall, tiny_config
+from tests.tiny import recall, tiny_config
 
 WINDOW = 3
 
@@ -29,7 +29,7 @@ def updates():
     config = tiny_config("dvrl", bptt_segments=WINDOW, model__batch_norm=True, model__policy_batch_norm=True)
     # Steps in proportion to the gradient: else the rounding of those that batch norm makes 0 would be steps of its own.
     config.optimizer.eps, config.optimizer.learning_rate = 1.0, 0.1
-    learner = a2c.make_learner(config, Flicker(Recall(config.num_envs), 0.4))
+    learner = a2c.make_learner(config, Flicker(recall(config.num_envs), 0.4))
     optimizer = a2c.make_optimizer(config.optimizer)
     run, gradient = jax.jit(learner.run), jax.jit(learner.gradient)
     state = learner.init(jax.random.PRNGKey(0))
@@ -65,9 +65,9 @@ def test_what_is_logged_of_an_update_is_what_happened_in_it(updates):
         logged, env = after.metrics.means(), outcome.rollout.env
         assert 0 < np.mean(env.observed) < 1
         norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
-        expected = {"gradient.norm": norm, "obs.avg_nr_observed": masked_mean(env.observed, env.transition)}
+        expected = {"gradient.norm": norm, "obs.avg_nr_observed": masked_mean(env.observed, env.valid)}
         expected |= {f"loss.{name}": float(value) for name, value in outcome.losses._asdict().items()}
-        expected |= {name: masked_mean(x, env.transition) for name, x in outcome.steps.metrics.items()}
+        expected |= {name: masked_mean(x, env.valid) for name, x in outcome.steps.metrics.items()}
         assert logged.keys() == expected.keys()
         for name, value in expected.items():
             assert logged[name] == pytest.approx(value, rel=1e-4), name
@@ -93,7 +93,7 @@ def test_losses_over_particles_are_summed_up_as_in_numpy():
 def test_what_is_logged_of_particles_is_of_their_densities():
     """Prior term log q(z) - log p(z), emission term -log p(o), and killed particles, of one step by hand."""
     config = tiny_config("dvrl")
-    env = Recall(config.num_envs)
+    env = recall(config.num_envs)
     agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
     obs = env.reset(jax.random.PRNGKey(1)).obs
     belief = agent.initial(env.num_envs)._replace(h=jax.random.normal(jax.random.PRNGKey(2), (3, 3, 8)))
@@ -123,7 +123,7 @@ def test_what_is_logged_of_particles_is_of_their_densities():
 @pytest.mark.parametrize("particles", [1, 3])
 def test_draws_of_particles_are_uniform_and_normal_and_independent(particles):
     config = tiny_config("dvrl", model__num_particles=particles)
-    agent = a2c.make_agent(config, Recall(3), jax.random.PRNGKey(0))
+    agent = a2c.make_agent(config, recall(3), jax.random.PRNGKey(0))
     steps, envs = 100, 40
     draws = agent.draw(jax.random.PRNGKey(1), steps, envs)
     u, eps = np.asarray(draws.u, float), np.asarray(draws.eps, float)

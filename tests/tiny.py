@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvrl_jax.configs import mountain_hike_dvrl, mountain_hike_rnn
-from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.envs import ActionSpec, Batched, Environment, ObservationSpec, Step
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import training
 
@@ -89,36 +89,30 @@ class Recall(Environment):
     """
 
     LENGTH = 6
-    restorable = True
+    observation = ObservationSpec((2,), jnp.float32)
+    action = ActionSpec(discrete=True, size=2)
 
-    class Inner(NamedTuple):
+    class State(NamedTuple):
         cue: jax.Array
         time: jax.Array
-        key: jax.Array
-
-    def __init__(self, num_envs: int):
-        self.num_envs = num_envs
-        self.observation = ObservationSpec((2,), jnp.float32)
-        self.action = ActionSpec(discrete=True, size=2)
 
     def reset(self, key):
-        key, cue_key = jax.random.split(key)
-        inner = self.Inner(self._cues(cue_key), jnp.zeros(self.num_envs, jnp.int32), key)
-        return EnvState.begin(inner, self._observe(inner))
+        state = self.State(jnp.where(jax.random.bernoulli(key), 1.0, -1.0), jnp.zeros((), jnp.int32))
+        return state, self._observe(state)
 
-    def step(self, state, action):
-        cue, time, key = state.inner
-        key, cue_key = jax.random.split(key)
-        right = (action == 1) == (cue > 0)
-        reward = jnp.where(time == 0, 0.0, jnp.where(right, 1.0, -1.0))
-        done = time + 1 == self.LENGTH
-        inner = self.Inner(jnp.where(done, self._cues(cue_key), cue), jnp.where(done, 0, time + 1), key)
-        return EnvState.go_on(inner, self._observe(inner), reward, done)
-
-    def _cues(self, key):
-        return jnp.where(jax.random.bernoulli(key, 0.5, (self.num_envs,)), 1.0, -1.0)
+    def step(self, key, state, action):
+        del key
+        right = (action == 1) == (state.cue > 0)
+        reward = jnp.where(state.time == 0, 0.0, jnp.where(right, 1.0, -1.0))
+        state = state._replace(time=state.time + 1)
+        return Step(state, self._observe(state), reward, state.time == self.LENGTH, jnp.zeros((), bool))
 
     @staticmethod
-    def _observe(inner):
-        shown = jnp.where(inner.time == 0, inner.cue, 0.0)
-        return jnp.stack([shown, inner.time / Recall.LENGTH], axis=-1)
+    def _observe(state):
+        shown = jnp.where(state.time == 0, state.cue, 0.0)
+        return jnp.stack([shown, state.time / Recall.LENGTH])
+
+
+def recall(num_envs: int) -> Batched:
+    """A batch of `Recall`."""
+    return Batched(Recall(), num_envs)

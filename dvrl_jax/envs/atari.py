@@ -1,7 +1,7 @@
 """Atari games, emulated in C++ by EnvPool and stepped from inside the compiled program.
 
 EnvPool delivers a new episode one call late: after a `done`, the next call ignores its action and returns the new
-episode's first frame with reward 0. `EnvState.transition` is False for that call.
+episode's first frame with reward 0. `EnvState.valid` is False for that call.
 
 Emulator state cannot be saved: a resumed run starts new games.
 """
@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.envs.base import ActionSpec, ObservationSpec
+from dvrl_jax.envs.batched import BatchedEnvironment, EnvState
 
 Array = jax.Array
 
@@ -57,7 +58,7 @@ def make_pool(game: str, num_envs: int, seed: int, frame_skip: int, first_core: 
     )
 
 
-class Atari(Environment):
+class Atari(BatchedEnvironment):
     """`num_envs` copies of one game: grey 84x84 frames, clipped rewards, a life an episode, sticky actions.
 
     `EnvState.inner` is (handle, done): EnvPool's handle, which must be threaded from call to call, and the `done` of
@@ -73,7 +74,7 @@ class Atari(Environment):
         return cls(config.name, num_envs, seed, config.frame_skip, config.first_core)
 
     @classmethod
-    def observation_of(cls, config, num_envs: int) -> ObservationSpec:
+    def observation_of(cls, config) -> ObservationSpec:
         return cls.observation
 
     def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4, first_core: int = -1):
@@ -94,17 +95,18 @@ class Atari(Environment):
         handle, was_done = state.inner
         handle = self._send(handle, action.astype(jnp.int32), jnp.arange(self.num_envs, dtype=jnp.int32))
         handle, (obs, reward, terminated, truncated, info) = self._recv(handle)
-        done = terminated | truncated
-        game_over = (info["terminated"].astype(bool) | truncated) & ~was_done
+        done, obs = terminated | truncated, _to_nhwc(obs)
         return EnvState(
             inner=(handle, done),
-            obs=_to_nhwc(obs),
+            obs=obs,
             reward=jnp.where(was_done, 0.0, reward),
             done=done & ~was_done,
+            truncated=truncated & ~terminated & ~was_done,
             valid=~was_done,
             true_reward=jnp.where(was_done, 0.0, info["reward"].astype(jnp.float32)),
-            game_over=game_over,
+            game_over=(info["terminated"].astype(bool) | truncated) & ~was_done,
             observed=jnp.ones(self.num_envs, bool),
+            final_obs=obs,  # The last frame comes with the `done`.
         )
 
 

@@ -1,7 +1,7 @@
 """Mountain Hike: find and follow a ridge from noisy position readings. Written in JAX, it runs on any device.
 
-The task of Igl et al. (2018), called Death Valley in their release. Positions live in the box [-1, 1]^2; everything
-random is drawn from the key in the state, so a saved state continues exactly.
+The task of Igl et al. (2018), called Death Valley in their release. Rewards are paid in the box [-1, 1]^2; outside it,
+each step costs `OUTSIDE_REWARD`.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dvrl_jax.envs.base import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step
 
 Array = jax.Array
 
@@ -54,24 +54,21 @@ def clip_action(action: Array) -> Array:
 
 
 class HikeState(NamedTuple):
-    """Positions [B, 2], steps taken in the episode [B] int32, and the key of all further randomness."""
+    """Position [2], and steps taken in the episode, [] int32."""
 
     position: Array
     time: Array
-    key: Array
 
 
 class MountainHike(Environment):
-    """`num_envs` hikers; `observation_std` is the noise of a position reading in units of the box (0, 0.15, 0.3)."""
+    """One hiker; `observation_std` is the noise of a position reading in units of the box (0, 0.15, 0.3)."""
 
     name = "MountainHike"
     settings = {"observation_std": 0.0}
     observation = ObservationSpec((2,), jnp.float32)
     action = ActionSpec(discrete=False, size=2)
-    restorable = True
 
-    def __init__(self, num_envs: int, observation_std: float):
-        self.num_envs = num_envs
+    def __init__(self, observation_std: float = 0.0):
         self.observation_std = observation_std
 
     @classmethod
@@ -80,29 +77,28 @@ class MountainHike(Environment):
 
         return HikePainter()
 
-    def reset(self, key: Array) -> EnvState:
-        key, start_key, noise_key = jax.random.split(key, 3)
-        shape = (self.num_envs, 2)
-        position = jnp.asarray(START) + START_STD * jax.random.normal(start_key, shape)
-        inner = HikeState(position, jnp.zeros(self.num_envs, jnp.int32), key)
-        return EnvState.begin(inner, self._observe(position, jax.random.normal(noise_key, shape)))
+    def reset(self, key: Array) -> tuple[HikeState, Array]:
+        start_noise, reading_noise = jnp.split(jax.random.normal(key, (4,)), 2)
+        position = jnp.asarray(START) + START_STD * start_noise
+        return HikeState(position, jnp.zeros((), jnp.int32)), self._observe(position, reading_noise)
 
-    def step(self, state: EnvState, action: Array) -> EnvState:
-        """Moves, pays, and observes; after `EPISODE_LENGTH` steps the next observation is a new episode's first."""
-        position, time, key = state.inner
-        key, noise_key = jax.random.split(key)
-        move_noise, start_noise, reading_noise = jax.random.normal(noise_key, (3, self.num_envs, 2))
-        cost = ACTION_COST * jnp.linalg.norm(action, axis=-1)
-        position = position + clip_action(action) + TRANSITION_STD * move_noise
-        reward = height_reward(position) - cost
-        done = time + 1 >= EPISODE_LENGTH
-        position = jnp.where(done[:, None], jnp.asarray(START) + START_STD * start_noise, position)
-        inner = HikeState(position, jnp.where(done, 0, time + 1), key)
-        return EnvState.go_on(inner, self._observe(position, reading_noise), reward, done)
+    def step(self, key: Array, state: HikeState, action: Array) -> Step:
+        """Moves, pays, and observes; an episode is cut off after `EPISODE_LENGTH` steps."""
+        move_noise, reading_noise = jnp.split(jax.random.normal(key, (4,)), 2)
+        position = state.position + clip_action(action) + TRANSITION_STD * move_noise
+        reward = height_reward(position) - ACTION_COST * jnp.linalg.norm(action)
+        time = state.time + 1
+        return Step(
+            state=HikeState(position, time),
+            obs=self._observe(position, reading_noise),
+            reward=reward,
+            terminated=jnp.zeros((), bool),
+            truncated=time >= EPISODE_LENGTH,
+        )
 
-    def view(self, state: EnvState) -> Array:
-        """True positions [B, 2]."""
-        return state.inner.position
+    def view(self, state: HikeState, obs: Array) -> Array:
+        """The true position [2]."""
+        return state.position
 
     def _observe(self, position: Array, noise: Array) -> Array:
         return OBSERVATION_SCALE * (position + self.observation_std * noise)

@@ -25,10 +25,10 @@ from dvrl_jax.errors import RunError
 from dvrl_jax.runs import process
 
 EPISODE_FIELDS = ("actor", "window")
-# Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 and 4 changed what the window
-# notes.
-FORMAT = 5
-READABLE_FORMATS = (FORMAT, 4, 3, 2)  # Of older ones all but the episodes under way.
+# Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 to 5 changed what the window
+# notes, 6 what the environments carry.
+FORMAT = 6
+READABLE_FORMATS = (FORMAT, 5, 4, 3, 2)  # Of older ones all but the episodes under way.
 
 
 class Restored(NamedTuple):

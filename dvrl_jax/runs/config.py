@@ -133,7 +133,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
-    return envs.find(config.env.name).observation_of(config.env, config.num_envs).is_image
+    return envs.find(config.env.name).observation_of(config.env).is_image
 
 
 def has_particles(config: ConfigDict) -> bool:
@@ -248,7 +248,7 @@ def _check(c: ConfigDict) -> None:
     close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
     try:
-        shape = kind.observation_of(c.env, c.num_envs).shape
+        shape = kind.observation_of(c.env).shape
     except ValueError as error:
         raise ConfigError(f"env: {c.num_envs} of {c.env.name} cannot be made ({error})") from None
     try:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import acting, envs
 from dvrl_jax.agents import Agent
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
@@ -24,7 +24,7 @@ MAX_STEPS = 200_000  # Longer than any game: EnvPool cuts games off, and a life 
 
 
 class Games(NamedTuple):
-    """Results of whole games: unclipped returns and lengths in transitions, one entry per game."""
+    """Results of whole games: unclipped returns and lengths in steps, one entry per game."""
 
     returns: np.ndarray
     lengths: np.ndarray
@@ -58,7 +58,7 @@ def read_run_config(path: Path) -> ConfigDict:
     return config
 
 
-def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str) -> tuple[Agent, int]:
+def load_agent(path: Path, config: ConfigDict, env: BatchedEnvironment, checkpoint: str) -> tuple[Agent, int]:
     """Restores the agent of a run, with batch norm on its running averages.
 
     Args:
@@ -84,7 +84,7 @@ def load_agent(path: Path, config: ConfigDict, env: Environment, checkpoint: str
     return agent, step
 
 
-def play_games(agent: Agent, env: Environment, key: Array, greedy: bool = False) -> Games:
+def play_games(agent: Agent, env: BatchedEnvironment, key: Array, greedy: bool = False) -> Games:
     """Plays one whole game in each of the environments.
 
     Args:

@@ -3,7 +3,7 @@
     saved_runs/7/reconstructions/<update>/observation.npy     [B, ...] the observations that the environments gave
     saved_runs/7/reconstructions/<update>/observed.npy        [B] bool, False where that is a blank
     saved_runs/7/reconstructions/<update>/prediction_<dt>.npy [B, ...] expected dt steps later; dt = 0 reconstructs
-    saved_runs/7/reconstructions/<update>/env_steps.npy       transitions so far
+    saved_runs/7/reconstructions/<update>/env_steps.npy       steps so far
 
 Images are stored as uint8, vectors as they are.
 """

@@ -9,7 +9,7 @@ import numpy as np
 
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import Agent, PredictionStart
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs import BatchedEnvironment
 from dvrl_jax.viewing import playing
 
 Array = jax.Array
@@ -22,7 +22,7 @@ class Recording(NamedTuple):
     """One game of T steps. Every array has time first; entry t is what held when action t was chosen.
 
     Attributes:
-        view: [T, ...] the true state, as `Environment.view` shows it.
+        view: [T, ...] the true state, as `BatchedEnvironment.view` shows it.
         obs: [T, ...] the observation that the agent got. observed: [T] bool, it was not blanked.
         predictions: {dt: [T, ...]}, observations expected dt steps later if the last action is repeated; dt = 0 is the
             reconstruction. Empty for an agent that predicts nothing.
@@ -66,7 +66,7 @@ def particles_alone(agent: Agent, start: PredictionStart, key: Array) -> Array:
 
 def record(
     agent: Agent,
-    env: Environment,
+    env: BatchedEnvironment,
     key: Array,
     greedy: bool = False,
     max_steps: int = 1000,

@@ -200,7 +200,7 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         # Acting.
         ("belief = agent.restart(actor.belief, actor.fresh)", "belief = actor.belief"),
         ("jnp.where(actor.fresh[:, None], first, actor.prev_action)", "actor.prev_action"),
-        ("fresh = outcome.done | ~outcome.transition", "fresh = outcome.done"),
+        ("fresh = outcome.done | ~outcome.valid", "fresh = outcome.done"),
         ("agent.action_vector(action), fresh)", "agent.initial_action(num_envs), fresh)"),
         ("obs, kept_notes = actor.env.obs, notes", "obs, kept_notes = outcome.obs, notes"),
         ("prev_action, actor.fresh, info.trace,", "prev_action, fresh, info.trace,"),
@@ -251,14 +251,14 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
     ],
     PLAYING: [
         ("policy.mode() if greedy else policy.sample", "policy.mode() if not greedy else policy.sample"),
-        ("state.done | ~state.transition)", "state.done)"),
+        ("state.done | ~state.valid)", "state.done)"),
         ("reward=after.true_reward", "reward=after.reward"),
         ("fresh=turn.fresh", "fresh=turn.after.done"),
     ],
     GAMES: [
-        ("state.true_reward, state.transition", "state.reward, state.transition"),
-        ("state.game_over & state.transition", "state.done & state.transition"),
-        ("counts = transition & ~over", "counts = ~over"),
+        ("state.true_reward, state.valid", "state.reward, state.valid"),
+        ("state.game_over & state.valid", "state.done & state.valid"),
+        ("counts = valid & ~over", "counts = ~over"),
         ("over |= end", "over = end"),
         ("np.std(self.returns, ddof=1) / np.sqrt(count)", "np.std(self.returns) / np.sqrt(count)"),
         ('"median": float(np.median', '"median": float(np.mean'),

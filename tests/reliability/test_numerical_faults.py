@@ -9,7 +9,7 @@ import pytest
 
 from dvrl_jax import a2c, networks
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.envs import ActionSpec, Environment, EnvState, ObservationSpec
+from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import run_directory
 from tests.tiny import tiny_config, tiny_hike, train
@@ -20,7 +20,7 @@ BAD_UPDATE = 3  # The update in which a fault occurs, counted from 0.
 BAD_STEP = BAD_UPDATE * NUM_STEPS + 1
 
 
-class Script(Environment):
+class Script(BatchedEnvironment):
     """Plays what its state holds: observations [N+1, B, 2], rewards and ends [N, B], so that one program plays all."""
 
     restorable = True

@@ -1,6 +1,6 @@
 """Pictures of the belief: one for each step of a recorded game, as a video, an animation or a still; and predictions.
 
-An environment's picture is a `Painter`. It may have one of its own (`Environment.painter`); any other environment with
+An environment's picture is a `Painter`. It may have one of its own (`Task.painter`); any other environment with
 image observations gets `FramePainter`. Nothing here needs a display.
 """
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dvrl_jax.envs import Environment
+from dvrl_jax.envs.base import Task
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import run_directory
 from dvrl_jax.viewing.pictures.frames import FramePainter
@@ -41,7 +41,7 @@ class Painter(Protocol):
         """
 
 
-def find_painter(env: Environment | type[Environment], is_image: bool) -> Painter | None:
+def find_painter(env: Task | type[Task], is_image: bool) -> Painter | None:
     """The painter of an environment, or of environments of that class; None if there is none."""
     return env.painter() or (FramePainter(env.steps_per_second) if is_image else None)
 
@@ -51,7 +51,7 @@ def no_picture(name: str) -> RunError:
     return RunError(f"there is no picture of {name}; its class needs a `painter` (docs/extending.md)")
 
 
-def painter_for(env: Environment) -> Painter:
+def painter_for(env: Task) -> Painter:
     """The painter of an environment.
 
     Raises:
