@@ -158,7 +158,7 @@ class _Writer:
             return state
 
     def _begin_at(self, update: int) -> None:
-        """Makes the directory ready to resume from `update`. What is refused or stopped before changes nothing in it."""
+        """Makes the directory ready to resume from `update`; what is refused before changes nothing in it."""
         directory = self.run_directory
         if update == 0 and (aside := directory.set_aside()):
             said = "no checkpoint to go on from: training starts anew"
