@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from jax.random import fold_in
 
-from dvrl_jax import a2c
+from dvrl_jax import a2c, acting
 from dvrl_jax import particle_filter as pf
-from dvrl_jax.agents import DVRL, Inputs, bind
+from dvrl_jax.agents import DVRL, Inputs, Timestep, bind
 from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.viewing import playing
@@ -72,7 +72,7 @@ def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fiel
 
 
 def after_one_observation(agent, env):
-    return playing.look(agent, a2c.first_actor(agent, env.reset(None)), jax.random.PRNGKey(1))
+    return playing.observe(agent, acting.first_actor(agent, env.reset(None)), jax.random.PRNGKey(1))
 
 
 def predict(agent, env, times=(0, 2, 3)):
@@ -80,18 +80,19 @@ def predict(agent, env, times=(0, 2, 3)):
     return agent.predict(after_one_observation(agent, env), times, jax.random.PRNGKey(2))
 
 
-def dream(agent, last, steps, key):
+def dream(agent, start, steps, key):
     """Observations expected 1 .. `steps` steps ahead, written out step by step."""
-    h, inputs, found = last.belief.h, Inputs(None, agent.encode_action(last.prev_action)), []
+    h, inputs, found = start.belief.h, Inputs(None, agent.encode_action(start.timestep.prev_action)), []
+    inputs_after = lambda obs: agent.encode(start.timestep._replace(obs=obs))
     for dt in range(1, steps + 1):
         if isinstance(agent, DVRL):
             mean, var = agent.prior_of(h, inputs)
             phi_z = jax.nn.relu(agent.phi_z(z=mean + jnp.sqrt(var) * jax.random.normal(fold_in(key, dt), mean.shape)))
-            found.append(agent.expected_observation(phi_z, h, inputs, last.belief.log_weight))
-            h = agent.recur(h, phi_z, agent.encode(found[-1], last.prev_action).drive)
+            found.append(agent.expected_observation(phi_z, h, inputs, start.belief.log_weight))
+            h = agent.recur(h, phi_z, inputs_after(found[-1]).drive)
         else:
             found.append(agent.emission_mean(agent.emission_of(h, inputs)))
-            h = agent.transition(h, agent.encode(found[-1], last.prev_action), ()).h
+            h = agent.advance(h, inputs_after(found[-1]), ()).h
     return found
 
 
@@ -101,14 +102,14 @@ def dream(agent, last, steps, key):
 def test_predictions_are_those_of_the_steps_written_out(algorithm, fields):
     env, key = recording("vector", True), jax.random.PRNGKey(2)
     config = tiny_config(algorithm, model__batch_norm=True, **fields)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     graphdef, weights = nnx.split(agent)
 
     @jax.jit
     def both(weights):
         agent = bind(graphdef, weights)
-        last = after_one_observation(agent, env)
-        return agent.predict(last, (0, 1, 4), key), dream(agent, last, 4, key)
+        start = after_one_observation(agent, env)
+        return agent.predict(start, (0, 1, 4), key), dream(agent, start, 4, key)
 
     predicted, expected = both(weights)
     for dt in (1, 4):
@@ -118,9 +119,9 @@ def test_predictions_are_those_of_the_steps_written_out(algorithm, fields):
 
 def test_prediction_zero_is_the_weighted_reconstruction():
     env = recording("vector", True)
-    agent = a2c.make_agent(tiny_config("dvrl"), env, jax.random.PRNGKey(0))
-    after, h_prev, trace, action = after_one_observation(agent, env)
-    inputs = Inputs(None, agent.encode_action(action))
+    agent = acting.make_agent(tiny_config("dvrl"), env, jax.random.PRNGKey(0))
+    after, h_prev, trace, timestep = after_one_observation(agent, env)
+    inputs = Inputs(None, agent.encode_action(timestep.prev_action))
     mean, _ = agent.emission_of(after.phi_z, pf.resample(h_prev, trace.ancestors), inputs)
     weights = np.asarray(jax.nn.softmax(after.log_weight, axis=-1))
     expected = np.sum(weights[..., None] * np.asarray(mean).reshape(NUM_ENVS, -1, 2), axis=1)
@@ -130,13 +131,13 @@ def test_prediction_zero_is_the_weighted_reconstruction():
 def test_an_rnns_prediction_zero_is_what_it_expected_before_it_saw():
     env = recording("vector", True)
     config = tiny_config("rnn", model__obs_loss_coef=1.0, loss__encoding_coef=0.5)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
-    last = after_one_observation(agent, env)
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
+    start = after_one_observation(agent, env)
     # From a state that is not yet the one that has seen it: of fresh episodes, zeros.
-    inputs = Inputs(None, agent.encode_action(last.prev_action))
-    expected, _ = agent.emission_of(jnp.zeros_like(last.h_prev), inputs)
+    inputs = Inputs(None, agent.encode_action(start.timestep.prev_action))
+    expected, _ = agent.emission_of(jnp.zeros_like(start.carry), inputs)
     np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(agent.emission_of(last.belief.h, inputs)[0], expected)
+    assert not np.allclose(agent.emission_of(start.belief.h, inputs)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["vector", "32"])
@@ -145,21 +146,21 @@ def test_an_rnns_observation_loss_is_that_of_what_it_expected(kind):
     env = recording(kind, True)
     config = tiny_config("rnn", model__obs_loss_coef=0.7, loss__encoding_coef=0.5)
     config.model.channels = channels(kind)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     h = jax.random.normal(jax.random.PRNGKey(1), (NUM_ENVS, config.model.h_dim))
-    action = agent.initial_action(NUM_ENVS)
-    inputs = agent.encode(env.obs[1], action)
-    _, info = agent.update(agent.initial(NUM_ENVS)._replace(h=h), inputs, env.obs[1], ())
-    emission = agent.emission_of(h, inputs)
+    none = jnp.zeros(NUM_ENVS)
+    timestep = Timestep(env.obs[1], agent.initial_action(NUM_ENVS), none, none > 0)
+    _, info = agent.update(agent.initial(NUM_ENVS)._replace(h=h), timestep, ())
+    emission = agent.emission_of(h, agent.encode(timestep))
     target = np.asarray(env.obs[1], float)
     if kind == "vector":
         expected = np.mean((np.asarray(emission[0], float) - target) ** 2, axis=-1)
     else:
         p = 1 / (1 + np.exp(-np.asarray(agent.decoder.to_images(emission), float)))
         expected = np.mean(-target * np.log(p) - (1 - target) * np.log(1 - p), axis=(1, 2, 3))
-    np.testing.assert_allclose(info.encoding_loss, 0.7 * expected, rtol=1e-4)
+    np.testing.assert_allclose(info.losses["encoding"], 0.7 * expected, rtol=1e-4)
     # What is expected knows the previous action, and nothing of the observation.
-    other = agent.emission_of(h, agent.encode(env.obs[2], action))
+    other = agent.emission_of(h, agent.encode(timestep._replace(obs=env.obs[2])))
     jax.tree.map(np.testing.assert_array_equal, emission, other)
 
 
@@ -168,7 +169,7 @@ def test_an_images_likelihood_is_that_of_its_pixels_and_no_others(kind):
     env = recording(kind, True)
     config = tiny_config("dvrl")
     config.model.channels = channels(kind)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     particles, side = config.model.num_particles, int(kind)
     h = jax.random.normal(jax.random.PRNGKey(1), (NUM_ENVS, particles, config.model.h_dim))
     emission = 5 * agent.emission_of(
@@ -188,14 +189,14 @@ def test_with_running_averages_each_environment_is_alone(algorithm, fields):
     env = recording("32", True)
     config = tiny_config(algorithm, model__batch_norm=True, model__policy_batch_norm=True, **fields)
     config.model.channels = channels("32")
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
 
     def of_the_first(others):
         state = env.reset(None)
         state = state._replace(obs=state.obs.at[1:].set(others))
-        last = playing.look(agent, a2c.first_actor(agent, state), jax.random.PRNGKey(1))
-        policy, value = agent.heads(last.belief)
-        found = (last.belief, policy.probs, value, agent.predict(last, (0, 2), jax.random.PRNGKey(2)))
+        start = playing.observe(agent, acting.first_actor(agent, state), jax.random.PRNGKey(1))
+        policy, value = agent.heads(start.belief)
+        found = (start.belief, policy.probs, value, agent.predict(start, (0, 2), jax.random.PRNGKey(2)))
         return [np.asarray(x[0]) for x in jax.tree.leaves(found)]
 
     for running in (False, True):
@@ -207,7 +208,7 @@ def test_with_running_averages_each_environment_is_alone(algorithm, fields):
 
 def test_policies_begin_orthogonal_and_nearly_the_same_for_all_actions_where_they_are_continuous():
     for discrete, gain in ((True, np.sqrt(2)), (False, 0.01 * np.sqrt(2))):
-        agent = a2c.make_agent(tiny_config("rnn"), recording("vector", discrete), jax.random.PRNGKey(0))
+        agent = acting.make_agent(tiny_config("rnn"), recording("vector", discrete), jax.random.PRNGKey(0))
         kernel = np.asarray(agent.policy_head.kernel["x"][...], float)
         np.testing.assert_allclose(kernel.T @ kernel, gain**2 * np.eye(4), atol=1e-5 * gain**2)
 
@@ -218,7 +219,7 @@ def belief_gradient(config):
     learner = a2c.make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(0))
     draws = learner.draw(jax.random.PRNGKey(1))
-    grads, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, state.actor, state.window, draws)
+    grads, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, state.actor, state.window, 0, draws)
     largest = lambda tree: max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(tree))
     return largest(grads["gru"]), largest(grads["value_head"])
 
@@ -246,7 +247,7 @@ def test_training_can_be_vmapped_over_seeds():
 
 def test_foreign_weights_that_do_not_fit_are_named():
     env = recording("vector", True)
-    agent = a2c.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match=r"there is no 'encoder\.0\.weight'"):
         from_original(agent, {})
     with pytest.raises(ValueError, match=r"'encoder\.0\.weight' has shape \(1, 1\)"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dvrl_jax
+from dvrl_jax.agents import Timestep
 from dvrl_jax.errors import ConfigError, RunError
 from tests.tiny import tiny_hike, train
 
@@ -89,13 +90,15 @@ def test_what_was_watched_fits_together(tmp_path):
     assert seen.valid.all() and 0.4 < seen.observed.mean() < 0.6
     np.testing.assert_array_equal(seen.obs[~seen.observed], 0.0)
     assert np.abs(seen.obs - 10 * seen.view)[seen.observed].mean() < 5
-    np.testing.assert_array_equal(np.flatnonzero(seen.fresh.all(axis=1)), [0, 75, 150])
-    np.testing.assert_array_equal(seen.fresh[1:], seen.game_over[:-1])
+    np.testing.assert_array_equal(np.flatnonzero(seen.is_first.all(axis=1)), [0, 75, 150])
+    np.testing.assert_array_equal(seen.is_first[1:], seen.game_over[:-1])
     agent = run.agent
     for t in (0, 74, 100):
-        belief = agent.restart(jax.tree.map(lambda x, t=t: x[t], seen.belief), seen.fresh[t + 1])
-        action = np.where(seen.fresh[t + 1][:, None], 0.0, seen.action[t])
-        belief, _ = agent.update(belief, agent.encode(seen.obs[t + 1], action), seen.obs[t + 1], ())
+        belief = agent.restart(jax.tree.map(lambda x, t=t: x[t], seen.belief), seen.is_first[t + 1])
+        action = np.where(seen.is_first[t + 1][:, None], 0.0, seen.action[t])
+        reward = np.where(seen.is_first[t + 1], 0.0, seen.reward[t])
+        timestep = Timestep(seen.obs[t + 1], action, reward, seen.is_first[t + 1])
+        belief, _ = agent.update(belief, timestep, ())
         policy, value = agent.heads(belief)
         for computed, kept in ((belief.h, seen.belief.h), (value, seen.value), (policy.loc, seen.policy)):
             np.testing.assert_allclose(computed, kept[t + 1], rtol=1e-4, atol=1e-6)
@@ -112,7 +115,7 @@ def test_a_run_is_read_with_its_particles(tmp_path):
     assert belief.h.shape == (75, 100, 3, 8) and belief.log_weight.shape == (75, 100, 3)
     env = dvrl_jax.make_env(run.config, num_envs=4)
     ancestors = dvrl_jax.watch(
-        run.agent, env, jax.random.PRNGKey(1), 3, lambda agent, turn, key: turn.last.trace.ancestors
+        run.agent, env, jax.random.PRNGKey(1), 3, lambda agent, turn, key: turn.start.trace.ancestors
     )
     assert ancestors.shape == (3, 4, 3) and ancestors.max() <= 2
     with pytest.raises(ValueError, match="steps = 0: must be at least 1"):
@@ -139,7 +142,7 @@ def test_training_that_diverges_stops_and_says_why():
     broken = {"optimizer__learning_rate": 1e38, "max_skipped_updates": 5}
     config = dvrl_jax.make_config("mountain_hike_rnn", **SMALL, **broken)
     train = dvrl_jax.make_train(config, dvrl_jax.make_env(config))
-    with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were not finite$") as stopped:
+    with pytest.raises(RunError, match=r"^stopped at update 5 .* in 5 updates in a row .* were NaN or inf$") as stopped:
         train(num_updates=50)
     assert int(stopped.value.state.update) == 5 and len(stopped.value.history) == 2
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from configs import atari_dvrl, atari_rnn, default
-from dvrl_jax import a2c
+from dvrl_jax import a2c, acting
 from dvrl_jax.envs import ActionSpec, Batched, EnvState, Flicker, MountainHike, atari, make_env
 from dvrl_jax.envs.atari import Atari, make_pool
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
@@ -325,8 +325,9 @@ def losses_and_gradients(quantities, reward, done, valid, bootstrap):
 
     def loss(quantities):
         returns = a2c.n_step_returns(reward, done, bootstrap, coefs.gamma)
-        losses = a2c.a2c_losses(*quantities, returns, valid, coefs)
-        return losses.total, losses
+        *judged, encoding = quantities
+        losses = a2c.a2c_losses(*judged, {"encoding": encoding}, returns, valid, coefs)
+        return losses["total"], losses
 
     gradients, losses = jax.jit(jax.grad(loss, has_aux=True))(quantities)
     return losses, gradients
@@ -338,7 +339,7 @@ def test_losses_and_their_gradients_ignore_whatever_a_late_reset_brings():
     garbage = np.random.default_rng(1).normal(size=(5, 6, 4)).astype(np.float32) * 1e4
     *spoilt, spoilt_reward = (np.where(valid, x, g) for x, g in zip((*quantities, reward), garbage, strict=True))
     spoilt_losses, spoilt_gradients = losses_and_gradients(tuple(spoilt), spoilt_reward, done, valid, bootstrap)
-    np.testing.assert_array_equal(losses, spoilt_losses)
+    jax.tree.map(np.testing.assert_array_equal, losses, spoilt_losses)
     for gradient, spoilt_gradient in zip(gradients, spoilt_gradients, strict=True):
         np.testing.assert_array_equal(gradient, spoilt_gradient)
         assert np.all(gradient[~valid] == 0) and np.all(gradient[valid] != 0)
@@ -358,8 +359,10 @@ def test_losses_are_means_over_transitions_alone():
     log_prob, entropy, encoding = (x.T[kept] for x in (log_prob, entropy, encoding))
     value_loss, action_loss = np.mean(advantage**2), -np.mean(advantage * log_prob)
     total = 0.5 * value_loss + action_loss - 0.01 * np.mean(entropy) + 0.1 * np.mean(encoding)
-    expected = (total, value_loss, action_loss, np.mean(entropy), np.mean(encoding))
-    np.testing.assert_allclose(losses_and_gradients(*loss_inputs())[0], expected, rtol=1e-5)
+    expected = {"total": total, "value": value_loss, "action": action_loss}
+    expected |= {"entropy": np.mean(entropy), "encoding": np.mean(encoding)}
+    losses, _ = losses_and_gradients(*loss_inputs())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), losses, expected)
 
 
 class LateResets(Recording):
@@ -434,11 +437,11 @@ class Training(NamedTuple):
         window = state.window
         for segment in range(NUM_SEGMENTS):
             draws = self.learner.draw(jax.random.key(segment))
-            grads, outcome = self.gradient(state.params, state.batch_stats, actor, window, draws)
+            grads, outcome = self.gradient(state.params, state.batch_stats, actor, window, segment, draws)
             valid = ~LATE[segment * T : (segment + 1) * T]
             np.testing.assert_array_equal(outcome.rollout.env.valid, valid)
             results.append((outcome.losses, grads, np.asarray(outcome.returns)[valid]))
-            actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
+            actor, window = outcome.rollout.actor, window.put(outcome.rollout.segment, segment)
         return jax.tree.map(np.asarray, results)
 
 
@@ -456,7 +459,7 @@ def test_training_gradient_ignores_whatever_a_late_reset_brings(training):
     noticed = training.segments(*spoil(obs, reward, DONE))
     for (losses, *_), (noticed_losses, *_) in zip(results, noticed, strict=True):
         for name in ("total", "value", "action", "entropy", "encoding"):
-            assert abs(getattr(losses, name) - getattr(noticed_losses, name)) > 1e-4, name
+            assert abs(losses[name] - noticed_losses[name]) > 1e-4, name
 
 
 def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(training):
@@ -469,16 +472,16 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     keep = ~late[:T, 0]
     keep_obs = np.append(keep, True)
     playing = state.actor._replace(env=LateResets.playing(state.actor.env, obs, reward, done, late))
-    with_late = training.gradient(state.params, state.batch_stats, playing, state.window, draws)
+    with_late = training.gradient(state.params, state.batch_stats, playing, state.window, 0, draws)
 
     c = learner_config(training.algorithm, T - 1)
     c.bptt_segments = 1
     env = Recording(obs[: T + 1][keep_obs], reward[:T][keep], done[:T][keep], ACTION)
     playing = state.actor._replace(env=env.reset(None))
-    fewer = a2c.Draws(jax.tree.map(lambda x: x[keep_obs], draws.belief), draws.action_keys[keep], draws.action[keep])
+    fewer = acting.Draws(jax.tree.map(lambda x: x[keep_obs], draws.noise), draws.action_keys[keep], draws.action[keep])
     learner = a2c.make_learner(c, env)
     window = learner.restart(state, playing.env).window
-    without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, fewer)
+    without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, 0, fewer)
 
     for _, outcome in (with_late, without):
         assert int(outcome.rollout.env.valid.sum()) == B * (T - 1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import a2c, acting, envs
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import compilation
 from dvrl_jax.runs import config as config_lib
@@ -70,7 +70,7 @@ def test_programs_that_do_not_train_get_options_too(monkeypatch):
     env = envs.make_env(config.env, config.num_envs, 0)
     learner = a2c.make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(0))
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     assert compilation.options() == {} or jax.default_backend() != "cpu"
     monkeypatch.setattr(compilation, "options", lambda *_: {"xla_no_such_option": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):

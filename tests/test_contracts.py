@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, agents, discovery, envs
+from dvrl_jax import a2c, acting, agents, discovery, envs
 from dvrl_jax.agents.rnn import RNN, Belief
 from dvrl_jax.envs import Batched, EnvState, MountainHike, ObservationSpec
 from dvrl_jax.envs.batched import Inner
@@ -199,11 +199,18 @@ def test_reset_and_step_have_short_ways_of_saying_the_usual():
     assert (state.true_reward == reward).all() and (state.game_over == done).all()
 
 
-class Two(RNN):
+class Flat(RNN):
     name = None
 
     def initial(self, num_envs):
-        return Belief((jnp.zeros((num_envs, 8)), jnp.zeros((num_envs, 8))))
+        return Belief({"h": jnp.zeros((num_envs, 8)), "m": jnp.zeros(8)})
+
+
+class Counting(RNN):
+    name = None
+
+    def initial(self, num_envs):
+        return Belief(jnp.zeros((num_envs, 8), jnp.int32))
 
 
 class Bare(RNN):
@@ -213,22 +220,23 @@ class Bare(RNN):
         return jnp.zeros((num_envs, 8))
 
 
-class Weighing(RNN):
+class Scoring(RNN):
     """Changes h where learning does not see it."""
 
     name = None
 
-    def weigh(self, step, inputs, trace, obs, *tape):
-        belief, info = super().weigh(step, inputs, trace, obs, *tape)
+    def score(self, step, inputs, trace, timestep):
+        belief, info = super().score(step, inputs, trace, timestep)
         return belief._replace(h=0.5 * belief.h), info
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Two, r"Two: initial returns Belief, and must return a named tuple with the field h, one array \[3, \.\.\.\]"),
-        (Bare, r"Bare: initial returns .*, and must return a named tuple"),
-        (Weighing, r"Weighing: weigh changes h, and must leave it as it is in the step"),
+        (Flat, r"Flat: initial returns carry\['m'\] as float32\[8\], and must return float32\[3, \.\.\.\]"),
+        (Counting, r"Counting: initial returns carry as int32\[3, 8\], and must return float32\[3, \.\.\.\]"),
+        (Bare, r"Bare: initial returns .*, and must return a named tuple with a `carry`"),
+        (Scoring, r"Scoring: score changes the carry, and must leave it as it is in the step"),
     ],
 )
 def test_a_belief_that_breaks_its_promises_is_refused(kind, message, monkeypatch):
@@ -238,7 +246,7 @@ def test_a_belief_that_breaks_its_promises_is_refused(kind, message, monkeypatch
 
 
 def test_only_pixels_are_divided_by_255():
-    agent = a2c.make_agent(tiny_config("rnn"), recall(3), jax.random.PRNGKey(0))
+    agent = acting.make_agent(tiny_config("rnn"), recall(3), jax.random.PRNGKey(0))
     for given, expected in ((jnp.uint8(255), 1.0), (jnp.int32(3), 3.0), (jnp.float32(0.5), 0.5)):
         seen = agent.as_float(given)
         assert seen == expected and seen.dtype == jnp.float32

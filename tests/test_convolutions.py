@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvrl_jax import convolutions, networks
+from dvrl_jax import convolutions, networks, products
+from dvrl_jax.choices import Choices
 from dvrl_jax.convolutions import ConvSpec
+from dvrl_jax.fast import tiles
 from dvrl_jax.networks import IMAGE_ENCODERS
 from tests.tiny import normals
 
 CHANNELS, FEATURES, BATCH = 3, 5, 2
 WIDTHS = [pytest.param(CHANNELS, FEATURES, id="shifted copies"), pytest.param(33, 32, id="tiles where they pay")]
 TWO_WAYS = {
-    "plain": (convolutions.tiled_conv, convolutions.shifted_conv),
-    "transposed": (convolutions.tiled_conv_transpose, convolutions.shifted_conv_transpose),
+    "plain": (tiles.conv, convolutions.shifted_conv),
+    "transposed": (tiles.conv_transpose, convolutions.shifted_conv_transpose),
 }
 
 
@@ -118,10 +120,10 @@ def test_layers_add_their_bias_to_every_pixel():
 
 @pytest.mark.parametrize("width", [7, 1024])
 def test_matmul_of_several_axes_with_small_and_large_kernels(width):
-    """Gradients of a large kernel's rows are taken with a turned copy of it."""
+    """Gradients of a large kernel's rows are taken with a transposed copy of it."""
     x, kernel = normals(1, 2, 3, 256), normals(2, 256, width)
-    assert convolutions.turning_pays(kernel) == (width == 1024 and jax.default_backend() == "cpu")
-    assert_same_function(convolutions.matmul, lambda x, kernel: jnp.einsum("abi,io->abo", x, kernel), x, kernel)
+    assert products.transposed_pays(kernel) == (width == 1024 and jax.default_backend() == "cpu")
+    assert_same_function(products.matmul, lambda x, kernel: jnp.einsum("abi,io->abo", x, kernel), x, kernel)
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
@@ -154,7 +156,6 @@ def test_tiles_are_as_exact_as_shifted_copies_in_single_precision(way):
     assert np.abs(tiled - exact).max() / scale < 2e-6
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tiles are for CPUs")
 def test_large_layers_of_pong_go_in_tiles_and_thin_ones_do_not():
     ways = {}
     for name, taps, channels, features, size in [
@@ -165,9 +166,15 @@ def test_large_layers_of_pong_go_in_tiles_and_thin_ones_do_not():
         ("decoder 2", 2, 64, 128, 9),
         ("decoder 3", 2, 32, 16, 20),
     ]:
-        ways[name] = convolutions.tiles_pay(jnp.zeros((taps, taps, channels, features)), size)
-    assert [name for name, tiles in ways.items() if not tiles] == ["encoder 1", "decoder 3"]
-    assert not convolutions.tiles_pay(jnp.zeros((4, 4, 64, 64)), 1)  # The last layer for images of 16 x 16.
+        ways[name] = tiles.pay(jnp.zeros((taps, taps, channels, features)), size)
+    assert [name for name, in_tiles in ways.items() if not in_tiles] == ["encoder 1", "decoder 3"]
+    assert not tiles.pay(jnp.zeros((4, 4, 64, 64)), 1)  # The last layer for images of 16 x 16.
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", tiles), ("gpu", None), ("tpu", None)])
+def test_tiles_are_for_cpus(platform, expected):
+    with Choices.of(platform).in_use():
+        assert convolutions._tiles_for(jnp.zeros((2, 2, 128, 64)), 9) is expected
 
 
 @pytest.mark.parametrize("layer", ["conv", "transposed"])

@@ -1,5 +1,7 @@
 """Blank images taken together: every image is in exactly one pass, and the gradient is that of all images."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
-from dvrl_jax import a2c
+from dvrl_jax.choices import Choices
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.fast.distinct import Distinct, is_blank
 from tests.golden import Recording
 from tests.segments import assert_equal_up_to, last_gradient
-from tests.tiny import none_blank, tiny_pong
+from tests.tiny import tiny_pong
 
 STEPS, ENVS = 6, 3
 blanks = np_st.arrays(bool, (STEPS, ENVS))
@@ -85,7 +87,7 @@ def flickering_images(num_steps):
 
 
 @pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
-def test_gradient_is_that_of_every_image_by_itself(algorithm, monkeypatch):
+def test_gradient_is_that_of_every_image_by_itself(algorithm):
     """In float64, across three segments, with passes across their borders and weights that changed in between."""
     segments, num_steps = 3, 2
     config = tiny_pong(algorithm)
@@ -94,8 +96,9 @@ def test_gradient_is_that_of_every_image_by_itself(algorithm, monkeypatch):
         env, blank = flickering_images(segments * num_steps)
         taken = [steps for _, steps in passes(blank, segments * num_steps, ENVS * num_steps)]
         assert any(len(steps) > num_steps for steps in taken)
-        together, outcomes = last_gradient(config, env, segments)
-        np.testing.assert_array_equal(outcomes[-1].rollout.segment.blank, blank[-num_steps:])
-        monkeypatch.setattr(a2c, "is_blank", none_blank)
-        apart, _ = last_gradient(config, env, segments)
+        use = Choices.of("cpu")
+        together, outcomes = last_gradient(config, env, segments, use)
+        obs = outcomes[-1].rollout.segment.timesteps.obs
+        np.testing.assert_array_equal(jax.vmap(is_blank)(obs), blank[-num_steps:])
+        apart, _ = last_gradient(config, env, segments, dataclasses.replace(use, distinct=False))
     assert_equal_up_to(1e-9, together, apart)

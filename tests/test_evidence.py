@@ -281,7 +281,7 @@ def test_the_losses_parts_add_up_to_the_gradient_that_training_takes():
     env = api.make_env(config)
     learner = a2c.make_learner(config, env)
     state, draws = learner.init(jax.random.PRNGKey(0)), learner.draw(jax.random.PRNGKey(1))
-    given = (state.params, state.batch_stats, state.actor, state.window, draws)
+    given = (state.params, state.batch_stats, state.actor, state.window, state.update, draws)
     parts, _ = jax.jit(lambda *given: causes.gradients_by_loss(config, env, *given))(*given)
     whole, _ = jax.jit(learner.gradient)(*given)
     assert all(optax.tree.norm(part) > 0 for part in parts.values())

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import kernels
 from dvrl_jax import a2c, envs
+from dvrl_jax.choices import Choices
 from dvrl_jax.runs import compilation, process
 from dvrl_jax.runs import config as config_lib
 from tests.tiny import tiny_hike, tiny_pong
@@ -24,13 +25,13 @@ UPDATES = 7  # More than a window and less than two.
 
 @pytest.fixture
 def gpu_ways(monkeypatch):
-    """Programs are made as for a GPU from here on."""
+    """XLA's options, and a learner's choices where nothing else is said, are those for a GPU from here on."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-def learner_and_state(config):
+def learner_and_state(config, use=None):
     config = config_lib.finalise(config)
-    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0), use)
     return learner, learner.init(jax.random.PRNGKey(0))
 
 
@@ -51,13 +52,11 @@ def operations(learner, state):
 
 
 @pytest.mark.parametrize("algorithm", ["dvrl", "rnn"])
-def test_what_is_learned_is_the_same(algorithm, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    by_cpu, start = learner_and_state(tiny_hike(algorithm))
+def test_what_is_learned_is_the_same(algorithm):
+    by_cpu, start = learner_and_state(tiny_hike(algorithm), Choices.of("cpu"))
     by_cpu_end = jax.jit(by_cpu.run)(start, jnp.int32(UPDATES))
     cpu_operations = operations(by_cpu, start)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    by_gpu, start = learner_and_state(tiny_hike(algorithm))
+    by_gpu, start = learner_and_state(tiny_hike(algorithm), Choices.of("gpu"))
     by_gpu_end = jax.jit(by_gpu.run)(start, jnp.int32(UPDATES))
     gpu_operations = operations(by_gpu, start)
     assert [" cond[" in each for each in (cpu_operations, gpu_operations)] == [True, False]
@@ -69,8 +68,8 @@ def test_what_is_learned_is_the_same(algorithm, monkeypatch):
         assert np.any(first != last)
 
 
-def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
-    learner, start = learner_and_state(tiny_hike("rnn"))
+def test_an_update_that_is_not_finite_is_skipped():
+    learner, start = learner_and_state(tiny_hike("rnn"), Choices.of("gpu"))
     broken = start._replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), start.params))
     end = jax.jit(learner.run)(broken, jnp.int32(1))
     assert (int(end.skipped), int(end.skipped_in_row)) == (1, 1)
@@ -78,9 +77,9 @@ def test_an_update_that_is_not_finite_is_skipped(gpu_ways):
         jax.tree.map(np.testing.assert_array_equal, getattr(end, kept), getattr(broken, kept))
 
 
-def test_the_program_can_be_written_for_cuda_with_the_emulators_in_it(gpu_ways):
+def test_the_program_can_be_written_for_cuda_with_the_emulators_in_it():
     """As far as that goes without CUDA: every operation has a form there, and none of them calls Python."""
-    learner, state = learner_and_state(tiny_pong("dvrl"))
+    learner, state = learner_and_state(tiny_pong("dvrl"), Choices.of("gpu"))
     text = jax.jit(learner.run).trace(state, jnp.int32(1)).lower(lowering_platforms=("cuda",)).as_text()
     called = re.findall(r"custom_call @(\w+)", text)
     assert {name.rsplit("_", 1)[1] for name in called} == {"send", "recv"}

@@ -38,6 +38,8 @@ def test_learns_to_remember(algorithm):
 @pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
 def test_a_broken_belief_learns_nothing(algorithm, monkeypatch):
     """The same training with the belief set to zero in every step stays at chance."""
-    intact = Agent.restart
-    monkeypatch.setattr(Agent, "restart", staticmethod(lambda belief, fresh: intact(belief, jnp.ones_like(fresh))))
+    for name in ("restart", "restart_carry"):  # While acting, and while learning.
+        intact = getattr(Agent, name)
+        broken = lambda self, x, is_first, intact=intact: intact(self, x, jnp.ones_like(is_first))
+        monkeypatch.setattr(Agent, name, broken)
     assert mean_return_after_training(algorithm) < 0.3 * BEST

@@ -1,5 +1,6 @@
 """Lineages: only particles with descendants are gone back through, and the gradient is the same as through all."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
-from dvrl_jax import a2c
-from dvrl_jax.agents import DVRL
+from dvrl_jax import a2c, acting
+from dvrl_jax.choices import Choices
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.fast import lineages
 from tests.golden import Recording
@@ -28,20 +29,19 @@ class Trace(NamedTuple):
     noise: jax.Array
 
 
-def advance(weights, h, inputs, fresh, trace, notes):
-    """A step in which weights, h, inputs, trace and notes all have a say, but h not in a fresh episode."""
-    h = jnp.where(fresh[:, None, None], 0.0, h)
+def advance(weights, h, inputs, is_first, trace, notes):
+    """A step in which weights, h, inputs, trace and notes all have a say, but h not where an episode begins."""
+    h = jnp.where(is_first[:, None, None], 0.0, h)
     return jnp.tanh(h @ weights + inputs[:, None] * trace.noise) * notes
 
 
-def moves(fresh):
+def moves(is_first):
     shape = (SEGMENTS, STEPS, ENVS, PARTICLES)
     ancestors = np.sort(np.random.default_rng(1).integers(PARTICLES, size=shape), axis=-1)
     trace = Trace(jnp.asarray(ancestors, jnp.int32), jnp.asarray(normals(2, *shape, SIZE)))
-    everywhere = jnp.broadcast_to(fresh, (SEGMENTS, STEPS, ENVS))
-    return lineages.Moves(
-        jnp.asarray(normals(3, *shape, SIZE)), everywhere, trace, jnp.asarray(normals(4, *shape, SIZE))
-    )
+    everywhere = jnp.broadcast_to(is_first, (SEGMENTS, STEPS, ENVS))
+    h, notes = jnp.asarray(normals(3, ENVS, PARTICLES, SIZE)), jnp.asarray(normals(4, *shape, SIZE))
+    return lineages.Moves(h, everywhere, trace, notes)
 
 
 WEIGHTS, INPUTS, BEFORE = normals(5, SIZE, SIZE), normals(6, ENVS, SIZE), normals(7, SIZE, SIZE)
@@ -51,7 +51,7 @@ def through_all(weights, h, inputs, all_moves):
     """The same step, of all particles at once."""
     trace = jax.tree.map(lambda x: x[AT], all_moves.trace)
     inherited = jnp.take_along_axis(h, trace.ancestors[..., None], axis=1)
-    return advance(weights, inherited, inputs, all_moves.fresh[AT], trace, all_moves.notes[AT])
+    return advance(weights, inherited, inputs, all_moves.is_first[AT], trace, all_moves.notes[AT])
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def both_ways(rows):
     """Compiled: the gradients by `go_back`, with that many rows in a pass, and through all particles at once."""
 
     def go_back(whole, broken, grad):
-        _, vjp = jax.vjp(lambda *x: through_all(*x, whole), WEIGHTS, whole.h[AT], INPUTS)
+        _, vjp = jax.vjp(lambda *x: through_all(*x, whole), WEIGHTS, whole.h, INPUTS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lineages, "ROWS", rows)
             return lineages.go_back(advance, WEIGHTS, broken, AT, jnp.asarray(INPUTS), BEFORE, grad), vjp(grad)
@@ -69,10 +69,10 @@ def both_ways(rows):
 
 @pytest.mark.parametrize("rows", [1, 3, 80])
 @settings(deadline=None, max_examples=20)
-@given(live=np_st.arrays(bool, (ENVS, PARTICLES)), fresh=np_st.arrays(bool, ENVS), seed=st.integers(0, 9))
-def test_a_step_is_gone_back_through_as_through_all(rows, live, fresh, seed):
+@given(live=np_st.arrays(bool, (ENVS, PARTICLES)), is_first=np_st.arrays(bool, ENVS), seed=st.integers(0, 9))
+def test_a_step_is_gone_back_through_as_through_all(rows, live, is_first, seed):
     with jax.enable_x64(True):
-        whole = moves(jnp.asarray(fresh))
+        whole = moves(jnp.asarray(is_first))
         grad = jnp.where(live[..., None], normals(seed, ENVS, PARTICLES, SIZE), 0.0)
         grad = grad.at[0, :, 0].set(0.0)  # Which leaves others of the same particles.
         # Whoever has no descendants is not looked at.
@@ -95,11 +95,11 @@ def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypa
     ends[1, 0] = ends[2, 1] = True
     with jax.enable_x64(True):
         env = Recording(3.0 * normals(0, steps + 1, envs, 2), normals(1, steps, envs), ends, ActionSpec(False, 2))
-        along_lineages, outcomes = last_gradient(config, env, segments)
-        monkeypatch.setattr(DVRL, "has_lineages", property(lambda self: False, lambda self, value: None))
-        through_every, same_outcomes = last_gradient(config, env, segments)
+        use = Choices.of("cpu")
+        along_lineages, outcomes = last_gradient(config, env, segments, use)
+        through_every, same_outcomes = last_gradient(config, env, segments, dataclasses.replace(use, lineages=False))
     killed, same_killed = (
-        np.stack([outcome.steps.metrics["particles.killed"] for outcome in found])
+        np.stack([outcome.metrics["particles.killed"] for outcome in found])
         for found in (outcomes, same_outcomes)
     )
     np.testing.assert_array_equal(killed, same_killed)
@@ -115,4 +115,5 @@ def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypa
 def test_only_particles_that_know_nothing_of_each_other_have_lineages(fields):
     config = tiny_config("dvrl", **fields)
     env = Recording(normals(0, 2, 3, 2), normals(1, 1, 3), np.zeros((1, 3), bool), ActionSpec(False, 2))
-    assert a2c.make_agent(config, env, jax.random.key(0)).has_lineages == (not fields)
+    assert lineages.apply_to(acting.make_agent(config, env, jax.random.key(0))) == (not fields)
+    assert ("through_recurrence" in a2c.make_learner(config, env, Choices.of("cpu")).way_back) == (not fields)

@@ -10,12 +10,12 @@ from flax import nnx
 
 from configs import mountain_hike_dvrl, pong_dvrl
 from dvrl_jax import networks
-from dvrl_jax.a2c import make_agent
+from dvrl_jax.acting import make_agent
 from dvrl_jax.agents.base import bind
 from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.envs import ActionSpec, ObservationSpec
 from dvrl_jax.networks import IMAGE_ENCODERS
-from dvrl_jax.tape import Player, Recorder
+from dvrl_jax.notes import recorded, replayed
 from tests.tiny import normals
 
 
@@ -81,24 +81,21 @@ def test_several_steps_are_encoded_as_each_alone():
     """Values and gradients; batch norm takes each step's own mean and variance, and leaves its averages alone."""
     steps, shape = 3, (16, 16, 2)
     encoder = networks.Encoder(shape, (3, 4, 5), True, rngs=nnx.Rngs(0))
+    networks.name_layers(encoder)
     graphdef, params, averages = nnx.split(encoder, nnx.Param, nnx.BatchStat)
     obs = jnp.asarray(normals(1, steps, 4, *shape), jnp.float32)
 
-    def record(obs):
-        tape = Recorder()
-        return bind(graphdef, params, averages)(obs, tape=tape), tape.notes
-
-    phi, notes = jax.vmap(record)(obs)
+    phi, notes = jax.vmap(lambda obs: recorded(bind(graphdef, params, averages))(obs))(obs)
     cotangent = normals(2, *phi.shape).astype(np.float32)
 
     def alone(params):
-        play = lambda obs, notes: bind(graphdef, params, averages)(obs, tape=Player(notes))
-        return jnp.sum(cotangent * jax.vmap(play)(obs, notes))
+        replay = lambda obs, notes: replayed(bind(graphdef, params, averages), notes)(obs)
+        return jnp.sum(cotangent * jax.vmap(replay)(obs, notes))
 
     def together(params):
-        replayed = bind(graphdef, params, averages)
-        value = replayed(obs, tape=Player(notes, steps=1))
-        return jnp.sum(cotangent * value), (value, nnx.state(replayed, nnx.BatchStat))
+        bound = bind(graphdef, params, averages)
+        value = replayed(bound, notes)(obs)
+        return jnp.sum(cotangent * value), (value, nnx.state(bound, nnx.BatchStat))
 
     grads, (value, averages_after) = jax.jit(jax.grad(together, has_aux=True))(params)
     np.testing.assert_allclose(value, phi, atol=1e-5)
@@ -161,9 +158,10 @@ def test_batch_norm_moves_its_averages_by_a_tenth_with_the_unbiased_variance(nor
 
 def test_batch_norm_with_running_averages_uses_and_keeps_them(norm):
     norm.mean[...], norm.var[...] = jnp.array([1.0, -1.0, 0.5]), jnp.array([4.0, 0.25, 9.0])
+    norm.use_running_average = True
     x = batch(1)
     expected = (x - [1.0, -1.0, 0.5]) / np.sqrt(np.array([4.0, 0.25, 9.0]) + 1e-5) * [1.0, 2.0, -0.5] + [0.0, 1.0, 3.0]
-    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32), use_running_average=True), expected, atol=1e-4)
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, atol=1e-4)
     np.testing.assert_array_equal(norm.mean[...], [1.0, -1.0, 0.5])
     np.testing.assert_array_equal(norm.var[...], [4.0, 0.25, 9.0])
 
@@ -177,7 +175,8 @@ def test_gradient_passes_through_the_batchs_statistics(norm):
 
         def total(x):
             copy = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
-            return jnp.sum(copy(x, use_running_average))
+            copy.use_running_average = use_running_average
+            return jnp.sum(copy(x))
 
         return jax.grad(total)(x)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import pong_rnn
-from dvrl_jax import a2c, envs
+from dvrl_jax import acting, envs
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.errors import RunError
 from dvrl_jax.viewing import pictures, recording
@@ -21,7 +21,7 @@ from tests.tiny import tiny_hike
 def hike_recording():
     config = tiny_hike("dvrl")
     env = envs.make_env(config.env, 1, seed=0, keep_view=True)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     return recording.record(agent, env, jax.random.PRNGKey(1), times=(0, 1))
 
 
@@ -76,10 +76,10 @@ def test_particles_alone_average_to_the_reconstruction(hike_recording):
 
 
 def test_particles_that_predict_nothing_are_recorded_by_their_weights(monkeypatch):
-    monkeypatch.setattr("dvrl_jax.agents.DVRL.predict", lambda agent, last, times, key: {})
+    monkeypatch.setattr("dvrl_jax.agents.DVRL.predict", lambda agent, start, times, key: {})
     config = tiny_hike("dvrl")
     env = envs.make_env(config.env, 1, seed=0, keep_view=True)
-    r = recording.record(a2c.make_agent(config, env, jax.random.PRNGKey(0)), env, jax.random.PRNGKey(1), max_steps=3)
+    r = recording.record(acting.make_agent(config, env, jax.random.PRNGKey(0)), env, jax.random.PRNGKey(1), max_steps=3)
     assert r.predictions == {} and r.particles is None and r.weights.shape == (3, 3)
     assert pictures.HikePainter().still(r).shape[0] > 300
 

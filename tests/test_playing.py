@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax import a2c
+from dvrl_jax import acting
+from dvrl_jax.agents import Timestep
 from dvrl_jax.envs import ActionSpec, Batched, BatchedEnvironment, EnvState, MountainHike, ObservationSpec
 from dvrl_jax.viewing import evaluation, playing, recording
 from tests.tiny import recall, tiny_config, tiny_hike
@@ -59,12 +60,12 @@ class Scripted(BatchedEnvironment):
 
 
 def agent_for(env, algorithm="rnn"):
-    return a2c.make_agent(tiny_config(algorithm), env, jax.random.PRNGKey(0))
+    return acting.make_agent(tiny_config(algorithm), env, jax.random.PRNGKey(0))
 
 
 def test_returns_are_of_whole_games_and_not_clipped():
     env = Scripted()
-    games = evaluation.play(agent_for(env), env, jax.random.PRNGKey(1))
+    games = evaluation.play_games(agent_for(env), env, jax.random.PRNGKey(1))
     expected = [env.first_game(number) for number in range(3)]
     np.testing.assert_allclose(games.returns, [sum(game) for game in expected])
     np.testing.assert_array_equal(games.lengths, [5, 5, 3])
@@ -90,27 +91,25 @@ def test_beliefs_start_anew_with_each_life_and_after_a_late_reset(algorithm):
     seen = playing.watch(agent_for(env, algorithm), env, jax.random.PRNGKey(1), steps=12)
     for number, calls in enumerate(env.script):
         ends = [done or not valid for _, done, valid, _ in itertools.islice(itertools.cycle(calls), 11)]
-        np.testing.assert_array_equal(seen.fresh[:, number], [True, *ends])
+        np.testing.assert_array_equal(seen.is_first[:, number], [True, *ends])
     # A belief that begins depends on nothing before it: the RNN's, after the same observation, is the same.
     if algorithm == "rnn":
-        agent, obs = agent_for(env), jnp.asarray(seen.obs)
-        begun = [
-            agent.update(agent.initial(3), agent.encode(obs[t], agent.initial_action(3)), obs[t], ())[0].h
-            for t in range(12)
-        ]
+        agent, none = agent_for(env), jnp.zeros(3)
+        seeing = lambda obs: Timestep(jnp.asarray(obs), agent.initial_action(3), none, none == 0)
+        begun = [agent.update(agent.initial(3), seeing(obs), ())[0].h for obs in seen.obs]
         same = np.all(np.isclose(seen.belief.h, np.stack(begun), atol=1e-6), axis=-1)
-        np.testing.assert_array_equal(same, seen.fresh)
+        np.testing.assert_array_equal(same, seen.is_first)
 
 
 def test_greedy_actions_are_the_most_probable_ones_and_others_are_drawn():
     env, key = Batched(MountainHike(0.3), 50), jax.random.PRNGKey(1)
-    agent = a2c.make_agent(tiny_hike("rnn"), env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(tiny_hike("rnn"), env, jax.random.PRNGKey(0))
     greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
     np.testing.assert_allclose(greedy.action, greedy.policy)
     # Fresh policies have a standard deviation of 1; of 800 numbers it is known to 2.5%.
     assert np.std(drawn.action - drawn.policy) == pytest.approx(1.0, abs=0.13)
     env = recall(50)
-    agent = a2c.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))
     greedy, drawn = (playing.watch(agent, env, key, steps=8, greedy=greedy) for greedy in (True, False))
     np.testing.assert_array_equal(greedy.action, np.argmax(greedy.policy, -1))
     taken = np.take_along_axis(drawn.policy, drawn.action[..., None], axis=-1)

@@ -17,7 +17,7 @@ import pytest
 
 from dvrl_jax import a2c, envs
 from dvrl_jax.errors import ConfigError, RunError
-from dvrl_jax.runs import run_directory, training
+from dvrl_jax.runs import loop, run_directory, training
 from dvrl_jax.viewing import evaluation
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
 from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
@@ -47,7 +47,7 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, p_blank):
 @pytest.mark.parametrize(("minutes", "saved"), [(1e-9, ["1", "3", "7", "10", "20"]), (0.0, ["20"]), (30.0, ["20"])])
 def test_time_alone_makes_checkpoints_too(tmp_path, minutes, saved, monkeypatch):
     """After every call of the program that ends later than so many minutes after the last checkpoint."""
-    monkeypatch.setattr(training, "MAX_CALL_SECONDS", 1e9)  # Calls double in length up to the next log line.
+    monkeypatch.setattr(loop, "MAX_CALL_SECONDS", 1e9)  # Calls double in length up to the next log line.
     config = tiny_hike("rnn", checkpoint__minutes=minutes, checkpoint__keep=100)
     train(tmp_path, config, total_env_steps=20 * STEPS_PER_UPDATE)
     assert sorted((path.name for path in (tmp_path / "checkpoints").iterdir()), key=int) == saved
@@ -134,7 +134,7 @@ def test_a_longer_run_keeps_its_result_until_there_is_a_newer_one(tmp_path, monk
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    for function in ("_compile", "_Loop._run"):
+    for function in ("_compile", "_Writer._follow"):
         before = (tmp_path / "config.json").read_text()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"dvrl_jax.runs.training.{function}", stop)

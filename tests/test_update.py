@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from dvrl_jax import a2c
-from dvrl_jax.agents import dvrl
+from dvrl_jax import a2c, acting
+from dvrl_jax.agents import Timestep, dvrl
 from dvrl_jax.envs import Flicker
 from tests.tiny import recall, tiny_config
 
@@ -37,9 +37,10 @@ def updates():
     for _ in range(WINDOW + 1):
         state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
         draws = learner.draw(jax.random.fold_in(state.key, state.update))
-        grads, outcome = gradient(state.params, state.batch_stats, state.actor, window, draws)
+        place = state.update % WINDOW
+        grads, outcome = gradient(state.params, state.batch_stats, state.actor, window, place, draws)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        window = window.push(outcome.rollout.segment)
+        window = window.put(outcome.rollout.segment, place)
         after = run(state, jnp.int32(1))
         found.append((state, (grads, outcome, optax.apply_updates(state.params, steps), opt_state), after))
         state = after
@@ -66,8 +67,8 @@ def test_what_is_logged_of_an_update_is_what_happened_in_it(updates):
         assert 0 < np.mean(env.observed) < 1
         norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
         expected = {"gradient.norm": norm, "obs.avg_nr_observed": masked_mean(env.observed, env.valid)}
-        expected |= {f"loss.{name}": float(value) for name, value in outcome.losses._asdict().items()}
-        expected |= {name: masked_mean(x, env.valid) for name, x in outcome.steps.metrics.items()}
+        expected |= {f"loss.{name}": float(value) for name, value in outcome.losses.items()}
+        expected |= {name: masked_mean(x, env.valid) for name, x in outcome.metrics.items()}
         assert logged.keys() == expected.keys()
         for name, value in expected.items():
             assert logged[name] == pytest.approx(value, rel=1e-4), name
@@ -94,14 +95,16 @@ def test_what_is_logged_of_particles_is_of_their_densities():
     """Prior term log q(z) - log p(z), emission term -log p(o), and killed particles, of one step by hand."""
     config = tiny_config("dvrl")
     env = recall(config.num_envs)
-    agent = a2c.make_agent(config, env, jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     obs = env.reset(jax.random.PRNGKey(1)).obs
     belief = agent.initial(env.num_envs)._replace(h=jax.random.normal(jax.random.PRNGKey(2), (3, 3, 8)))
     belief = belief._replace(log_weight=jnp.log(jnp.array([[0.8, 0.1, 0.1]] * 3)))
-    draws = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(3), 1, env.num_envs))
-    inputs = agent.encode(obs, agent.initial_action(env.num_envs))
-    _, info = agent.update(belief, inputs, obs, draws)
-    step = agent.transition(belief.h, inputs, info.trace)
+    noise = jax.tree.map(lambda x: x[0], agent.draw(jax.random.PRNGKey(3), 1, env.num_envs))
+    none = jnp.zeros(env.num_envs)
+    timestep = Timestep(obs, agent.initial_action(env.num_envs), none, none > 0)
+    _, info = agent.update(belief, timestep, noise)
+    inputs = agent.encode(timestep)
+    step = agent.advance(belief.carry, inputs, info.trace)
 
     def log_normal(x, mean, var):
         x, mean, var = (np.asarray(a, float) for a in (x, mean, var))
@@ -114,19 +117,19 @@ def test_what_is_logged_of_particles_is_of_their_densities():
     np.testing.assert_allclose(info.metrics["loss.prior.mean"], prior.mean(-1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(info.metrics["loss.emission.mean"], emission.mean(-1), rtol=1e-4, atol=1e-5)
     elbo = np.log(np.mean(np.exp(-prior - emission), axis=-1))
-    np.testing.assert_allclose(info.encoding_loss, -elbo, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(info.losses["encoding"], -elbo, rtol=1e-4, atol=1e-5)
     killed = [3 - len(set(row)) for row in np.asarray(info.trace.ancestors).tolist()]
     np.testing.assert_array_equal(info.metrics["particles.killed"], killed)
     assert max(killed) > 0
 
 
 @pytest.mark.parametrize("particles", [1, 3])
-def test_draws_of_particles_are_uniform_and_normal_and_independent(particles):
+def test_noise_of_particles_is_uniform_and_normal_and_independent(particles):
     config = tiny_config("dvrl", model__num_particles=particles)
-    agent = a2c.make_agent(config, recall(3), jax.random.PRNGKey(0))
+    agent = acting.make_agent(config, recall(3), jax.random.PRNGKey(0))
     steps, envs = 100, 40
-    draws = agent.draw(jax.random.PRNGKey(1), steps, envs)
-    u, eps = np.asarray(draws.u, float), np.asarray(draws.eps, float)
+    noise = agent.draw(jax.random.PRNGKey(1), steps, envs)
+    u, eps = np.asarray(noise.u, float), np.asarray(noise.eps, float)
     assert u.shape == (steps, envs) and eps.shape == (steps, envs, particles, config.model.z_dim)
     assert u.min() >= 0 and u.max() < 1
     # Of n numbers: the share below q is known to sqrt(q (1 - q) / n), a mean to sqrt(1 / n), a fourth moment to

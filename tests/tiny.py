@@ -23,11 +23,6 @@ def normals(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def none_blank(obs):
-    """In place of `a2c.is_blank`: every image is then learned from by itself."""
-    return jnp.zeros(obs.shape[0], bool)
-
-
 def tiny_config(algorithm: str, **fields):
     """A small vector configuration; `fields` are dotted names with `__` for the dot."""
     c = config_lib.with_settings([algorithm])

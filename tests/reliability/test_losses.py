@@ -46,7 +46,8 @@ def test_rewards_are_scaled_for_learning_and_reported_as_they_are():
         learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
         state = learner.init(jax.random.PRNGKey(0))
         draws = learner.draw(jax.random.PRNGKey(1))
-        _, outcomes[scale] = learner.gradient(state.params, state.batch_stats, state.actor, state.window, draws)
+        given = (state.params, state.batch_stats, state.actor, state.window, state.update, draws)
+        _, outcomes[scale] = learner.gradient(*given)
     for scale, outcome in outcomes.items():
         env = outcome.rollout.env
         expected = a2c.n_step_returns(scale * env.reward, env.done, outcome.rollout.bootstrap, config.loss.gamma)
@@ -64,11 +65,15 @@ def test_losses_and_their_gradients_by_hand():
     advantage = returns - value
     parts = [mean(advantage**2), -mean(advantage * log_prob), mean(entropy), mean(encoding)]
     total = 0.5 * parts[0] + 2.0 * parts[1] - 0.01 * parts[2] + 0.3 * parts[3]
-    losses = a2c.a2c_losses(value, log_prob, entropy, encoding, returns, mask, coefs)
-    np.testing.assert_allclose(losses, [total, *parts], rtol=1e-5)
-    gradients = jax.grad(lambda *x: a2c.a2c_losses(*x, returns, mask, coefs).total, argnums=(0, 1, 2, 3))(
-        value, log_prob, entropy, encoding
-    )
+
+    def losses_of(value, log_prob, entropy, encoding):
+        return a2c.a2c_losses(value, log_prob, entropy, {"encoding": encoding}, returns, mask, coefs)
+
+    names = ["total", "value", "action", "entropy", "encoding"]
+    losses = losses_of(value, log_prob, entropy, encoding)
+    assert losses.keys() == set(names)
+    np.testing.assert_allclose([losses[name] for name in names], [total, *parts], rtol=1e-5)
+    gradients = jax.grad(lambda *x: losses_of(*x)["total"], argnums=(0, 1, 2, 3))(value, log_prob, entropy, encoding)
     one = mask / np.sum(mask)
     # No gradient reaches the value through the policy's loss.
     expected = [-advantage * one, -2.0 * advantage * one, -0.01 * one, 0.3 * one]

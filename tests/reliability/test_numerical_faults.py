@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach the weights; extreme but finite ones are learned from."""
+"""NaN and inf never reach the weights; extreme but finite ones are learned from."""
 
 import itertools
 
@@ -11,10 +11,10 @@ from dvrl_jax import a2c, networks
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs import run_directory
+from dvrl_jax.runs import loop, run_directory
 from tests.tiny import tiny_config, tiny_hike, train
 
-NUM_ENVS, NUM_STEPS, UPDATES = 3, 2, 6
+NUM_ENVS, NUM_STEPS, UPDATES, WINDOW = 3, 2, 6, 3
 STEPS = NUM_STEPS * UPDATES
 BAD_UPDATE = 3  # The update in which a fault occurs, counted from 0.
 BAD_STEP = BAD_UPDATE * NUM_STEPS + 1
@@ -51,7 +51,7 @@ class Case:
     """A learner, its compiled update, and the states before the first update and between all updates."""
 
     def __init__(self, algorithm, **fields):
-        config = tiny_config(algorithm, num_envs=NUM_ENVS, num_steps=NUM_STEPS, bptt_segments=3, **fields)
+        config = tiny_config(algorithm, num_envs=NUM_ENVS, num_steps=NUM_STEPS, bptt_segments=WINDOW, **fields)
         self.learner = a2c.make_learner(config, Script())
         self.start = self.learner.init(jax.random.PRNGKey(1))
         self.run = jax.jit(self.learner.run)
@@ -197,8 +197,18 @@ def test_an_observation_that_no_particle_explains():
 
 
 def test_after_a_skipped_update_the_window_is_empty_and_fills_again(case):
+    """Empty of segments that a gradient may reach: the skipped one is in it, and whatever it holds does not matter."""
     states = case.states(FAULTS["a reward that is no number"])
-    assert [int(state.window.length) for state in states] == [0, 1, 2, 0, 0, 1, 2]
+    places = [int(state.update) % WINDOW for state in states]
+    firsts = [int(state.window.first) if place else 0 for place, state in zip(places, states, strict=True)]
+    assert np.subtract(places, firsts).tolist() == [0, 1, 2, 0, 0, 1, 0]
+    spoil = lambda x: x.at[0].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    state = states[BAD_UPDATE + 1]
+    for expected in states[BAD_UPDATE + 2 :]:
+        window = state.window._replace(segments=jax.tree.map(spoil, state.window.segments))
+        state = case.run(state._replace(window=window), jnp.int32(1))
+        assert_finite(state)
+        assert same(learned(state), learned(expected))
 
 
 def test_only_broken_beliefs_start_anew():
@@ -206,12 +216,12 @@ def test_only_broken_beliefs_start_anew():
     case = Case("dvrl")
     states = case.states(FAULTS["an observation that is no number"])
     after = states[BAD_UPDATE + 2]
-    np.testing.assert_array_equal(after.actor.fresh, [False, True, False])
+    np.testing.assert_array_equal(after.actor.is_first, [False, True, False])
     h = np.asarray(after.actor.belief.h)
     assert np.all(h[1] == 0) and np.all(np.any(h[[0, 2]] != 0, axis=(1, 2)))
     # A broken reward breaks no belief.
     after = case.states(FAULTS["a reward that is no number"])[BAD_UPDATE + 1]
-    assert not np.any(after.actor.fresh) and np.all(np.any(np.asarray(after.actor.belief.h) != 0, axis=(1, 2)))
+    assert not np.any(after.actor.is_first) and np.all(np.any(np.asarray(after.actor.belief.h) != 0, axis=(1, 2)))
 
 
 def test_no_particle_with_any_weight():
@@ -220,8 +230,8 @@ def test_no_particle_with_any_weight():
     belief = case.start.actor.belief
     for dead in (jnp.ones_like(belief.log_weight, bool), jnp.arange(3) == 1):
         log_weight = jnp.where(dead, -jnp.inf, belief.log_weight)
-        fresh = jnp.zeros(NUM_ENVS, bool)
-        actor = case.start.actor._replace(belief=belief._replace(log_weight=log_weight), fresh=fresh)
+        is_first = jnp.zeros(NUM_ENVS, bool)
+        actor = case.start.actor._replace(belief=belief._replace(log_weight=log_weight), is_first=is_first)
         states = case.states(start=case.start._replace(actor=actor))
         assert int(states[-1].skipped) == 0
         assert_finite(states[-1])
@@ -233,7 +243,7 @@ def test_a_broken_belief_is_dropped(case, field):
     if not hasattr(belief, field):
         pytest.skip("only DVRL has weights")
     broken = getattr(belief, field).at[1].set(jnp.nan)
-    actor = case.start.actor._replace(belief=belief._replace(**{field: broken}), fresh=jnp.zeros(NUM_ENVS, bool))
+    actor = case.start.actor._replace(belief=belief._replace(**{field: broken}), is_first=jnp.zeros(NUM_ENVS, bool))
     states = case.states(start=case.start._replace(actor=actor))
     # A weight that is no number makes no number of the ancestors' recurrent states: taken from somewhere, they are
     # finite, so nothing need be skipped.
@@ -245,9 +255,13 @@ def test_training_goes_no_further_than_too_many_skipped_updates():
     case = Case("rnn", max_skipped_updates=3)
     reward = lambda obs, reward, done: reward.__setitem__((slice(NUM_STEPS, None), 0), np.nan)
     start = case.states(reward)[0]
-    state = case.run(start, jnp.int32(UPDATES))
-    assert (int(state.update), int(state.skipped), int(state.skipped_in_row)) == (4, 3, 3)
-    assert int(case.run(state, jnp.int32(5)).update) == 4
+    state = start
+    for _ in range(2):  # Nor does it go on from there.
+        with pytest.raises(loop.Stopped, match=r"^stopped at update 4 \(24 steps\), because in 3 updates in a row"):
+            for call in loop.train(case.run, state, case.learner.config, lambda state: UPDATES - int(state.update)):
+                state = call.state
+        assert (int(state.update), int(state.skipped), int(state.skipped_in_row)) == (4, 3, 3)
+        assert call.is_failure and not call.is_end
 
 
 # --- Runs that diverge -----------------------------------------------------------------------------------------------
@@ -273,7 +287,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path):
 
 def test_weights_that_would_overflow_are_not_taken(tmp_path):
     with pytest.raises(
-        RunError, match=r"in 5 updates in a row .* the new weights were not finite; .* there is no check"
+        RunError, match=r"in 5 updates in a row .* the new weights were NaN or inf; .* there is no check"
     ):
         train(tmp_path, tiny_hike("rnn", optimizer__learning_rate=1e38, max_skipped_updates=5))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dvrl_jax.runs import process, reporting, run_directory, training
+from dvrl_jax.runs import loop, process, reporting, run_directory, training
 from tests.tiny import tiny_hike, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +55,7 @@ def test_a_signal_saves_and_leaves_soon(training_in, tmp_path, number, code):
     update = int(output.rsplit("update ", 1)[1].split()[0].replace(",", ""))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(update)]
     assert update >= run_directory.read_metrics(tmp_path)[-1]["update"]
-    assert elapsed < training.MAX_CALL_SECONDS + BEYOND_THE_RUNNING_CHUNK
+    assert elapsed < loop.MAX_CALL_SECONDS + BEYOND_THE_RUNNING_CHUNK
 
 
 @pytest.mark.parametrize("sign", [".lock", "checkpoints"])  # Before anything is made; before weights and loop are.
