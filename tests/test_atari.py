@@ -380,7 +380,7 @@ class LateResets(Recording):
         """The same state, but with another recording to play."""
         obs, reward, done, late = map(jnp.asarray, (obs, reward, done, late))
         inner = (jnp.zeros((), jnp.int32), obs, reward, done, late)
-        return state._replace(inner=inner, obs=obs[0], final_obs=obs[0])
+        return state._replace(inner=inner, obs=obs[0])
 
     def step(self, state, action):
         t, obs, reward, done, late = state.inner
@@ -477,10 +477,10 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     c = learner_config(training.algorithm, T - 1)
     c.bptt_segments = 1
     env = Recording(obs[: T + 1][keep_obs], reward[:T][keep], done[:T][keep], ACTION)
-    playing = state.actor._replace(env=env.reset(None))
+    playing = state.actor._replace(env=env.reset(None)._replace(final_obs=()))
     fewer = acting.Draws(jax.tree.map(lambda x: x[keep_obs], draws.noise), draws.action_keys[keep], draws.action[keep])
     learner = a2c.make_learner(c, env)
-    window = learner.restart(state, playing.env).window
+    window = learner.restart(state, env.reset(None)).window
     without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, 0, fewer)
 
     for _, outcome in (with_late, without):

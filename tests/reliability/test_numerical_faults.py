@@ -62,7 +62,8 @@ class Case:
         if change is not None:
             change(*arrays)
         start = self.start if start is None else start
-        states = [start._replace(actor=start.actor._replace(env=Script.first(*arrays)))]
+        env = Script.first(*arrays)._replace(final_obs=())  # Which an actor does not keep.
+        states = [start._replace(actor=start.actor._replace(env=env))]
         for _ in range(UPDATES):
             states.append(self.run(states[-1], jnp.int32(1)))
         return states
