@@ -37,7 +37,8 @@ class Recording(BatchedEnvironment):
 class Golden:
     """One golden file, with everything needed to compute its numbers again.
 
-    `use` are the learner's choices, the back end's by default. In `dtype` float64 (under `jax.enable_x64`) the same numbers are computed in double precision.
+    `use` are the choices of its learner. In `dtype` float64 (under `jax.enable_x64`) the same numbers are computed in
+    double precision.
     """
 
     def __init__(self, path: Path, dtype=np.float32, use=None):
