@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 
 from configs import default
-from dvrl_jax import a2c, acting
+from dvrl_jax import acting
 from dvrl_jax.agents import dvrl
 from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
+from dvrl_jax.learner import make_learner
 
 
 class Recording(BatchedEnvironment):
@@ -58,7 +59,7 @@ class Golden:
         action = ActionSpec(discrete, self.sizes["num_actions"] if discrete else self.sizes["action_dim"])
         self.env = Recording(obs, self.data["reward"], self.data["not_done"] == 0, action)
         self.config = self._config()
-        self.learner = a2c.make_learner(self.config, self.env, use)
+        self.learner = make_learner(self.config, self.env, use)
         self.agent = acting.make_agent(self.config, self.env, jax.random.PRNGKey(0))
         nnx.update(self.agent, jax.tree.map(lambda x: x.astype(dtype), nnx.state(self.agent)))
         from_original(self.agent, self.params("param/"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvrl_jax import a2c
+from dvrl_jax.learner import make_learner
 
 
 def last_gradient(config, env, segments, use=None):
@@ -12,7 +12,7 @@ def last_gradient(config, env, segments, use=None):
 
     `use` are the choices, the back end's by default. To be called with 64-bit numbers enabled.
     """
-    learner = a2c.make_learner(config, env, use)
+    learner = make_learner(config, env, use)
     state = learner.init(jax.random.PRNGKey(0))
     double = lambda tree: jax.tree.map(
         lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree

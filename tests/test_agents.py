@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 from jax.random import fold_in
 
-from dvrl_jax import a2c, acting
+from dvrl_jax import acting
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import DVRL, Inputs, Timestep, bind
 from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec
+from dvrl_jax.learner import make_learner
 from dvrl_jax.viewing import playing
 from tests.golden import Recording
 from tests.tiny import recall, tiny_config
@@ -52,7 +53,7 @@ def test_every_kind_of_agent_trains_and_predicts(algorithm, kind, discrete, fiel
     env = recording(kind, discrete)
     config = tiny_config(algorithm, **fields)
     config.model.channels = channels(kind)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     before = learner.init(jax.random.PRNGKey(0))
     after = jax.jit(learner.run)(before, jnp.int32(3))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after.params))
@@ -216,7 +217,7 @@ def test_policies_begin_orthogonal_and_nearly_the_same_for_all_actions_where_the
 def belief_gradient(config):
     """Largest gradients of the reinforcement learning loss: in the recurrence, and in the value head."""
     env = recording("vector", True)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(0))
     draws = learner.draw(jax.random.PRNGKey(1))
     grads, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, state.actor, state.window, 0, draws)
@@ -235,7 +236,7 @@ def test_detached_belief_gets_no_gradient_from_the_policy():
 def test_training_can_be_vmapped_over_seeds():
     """The training step under vmap gives each seed what it gets alone."""
     config = tiny_config("rnn")
-    learner = a2c.make_learner(config, recall(config.num_envs))
+    learner = make_learner(config, recall(config.num_envs))
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
     together = jax.jit(lambda keys: jax.vmap(lambda key: learner.run(learner.init(key), jnp.int32(4)))(keys))(keys)
     for i, key in enumerate(keys):

@@ -21,6 +21,7 @@ from configs import atari_dvrl, atari_rnn, default
 from dvrl_jax import a2c, acting
 from dvrl_jax.envs import ActionSpec, Batched, EnvState, Flicker, MountainHike, atari, make_env
 from dvrl_jax.envs.atari import Atari, make_pool
+from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
 from tests.golden import Recording
 
@@ -426,7 +427,7 @@ class Training(NamedTuple):
     """A learner on recordings with late resets, with its compiled gradient and its first state."""
 
     algorithm: str
-    learner: a2c.Learner
+    learner: Learner
     state: a2c.TrainState
     gradient: Callable
 
@@ -447,7 +448,7 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope="module", params=["rnn", "dvrl"])
 def training(request):
-    learner = a2c.make_learner(learner_config(request.param, T), LateResets(*recorded(), DONE, LATE, ACTION))
+    learner = make_learner(learner_config(request.param, T), LateResets(*recorded(), DONE, LATE, ACTION))
     return Training(request.param, learner, jax.jit(learner.init)(jax.random.key(0)), jax.jit(learner.gradient))
 
 
@@ -479,7 +480,7 @@ def test_training_gradient_equals_that_of_a_recording_without_the_late_reset(tra
     env = Recording(obs[: T + 1][keep_obs], reward[:T][keep], done[:T][keep], ACTION)
     playing = state.actor._replace(env=env.reset(None)._replace(final_obs=()))
     fewer = acting.Draws(jax.tree.map(lambda x: x[keep_obs], draws.noise), draws.action_keys[keep], draws.action[keep])
-    learner = a2c.make_learner(c, env)
+    learner = make_learner(c, env)
     window = learner.restart(state, env.reset(None)).window
     without = jax.jit(learner.gradient)(state.params, state.batch_stats, playing, window, 0, fewer)
 

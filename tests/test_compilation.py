@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, acting, envs
+from dvrl_jax import acting, envs
 from dvrl_jax.errors import RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import compilation
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import playing, reconstructions
@@ -68,7 +69,7 @@ def test_an_option_that_the_user_has_set_stays(monkeypatch):
 def test_programs_that_do_not_train_get_options_too(monkeypatch):
     config = config_lib.finalise(tiny_hike("dvrl"))
     env = envs.make_env(config.env, config.num_envs, 0)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(0))
     agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     assert compilation.options() == {} or jax.default_backend() != "cpu"
@@ -83,7 +84,7 @@ def test_programs_that_do_not_train_get_options_too(monkeypatch):
 def test_the_check_of_an_update_is_compiled_once():
     """Were it repeated for each array that depends on it, the program would be a third larger, DVRL's two thirds."""
     config = config_lib.finalise(tiny_hike("rnn"))
-    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+    learner = make_learner(config, envs.make_env(config.env, config.num_envs, 0))
     state = learner.init(jax.random.PRNGKey(0))
     text = jax.jit(learner.run).lower(state, jnp.int32(1)).compile().as_text()
     checked = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.metrics.sums, state.actor))

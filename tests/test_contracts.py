@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c, acting, agents, discovery, envs
+from dvrl_jax import acting, agents, discovery, envs
 from dvrl_jax.agents.rnn import RNN, Belief
 from dvrl_jax.envs import Batched, EnvState, MountainHike, ObservationSpec
 from dvrl_jax.envs.batched import Inner
 from dvrl_jax.errors import DiscoveryError, RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import training
 from tests.tiny import Recall, recall, tiny_config, tiny_hike, train
 
@@ -56,7 +57,7 @@ class GymBatch(Batched):
 
 
 def refused(env, message):
-    learner = a2c.make_learner(tiny_config("rnn"), env)
+    learner = make_learner(tiny_config("rnn"), env)
     with pytest.raises(RunError) as error:
         learner.init(jax.random.PRNGKey(0))
     assert message in str(error.value)
@@ -242,7 +243,7 @@ class Scoring(RNN):
 def test_a_belief_that_breaks_its_promises_is_refused(kind, message, monkeypatch):
     monkeypatch.setattr(agents, "named", lambda: {"rnn": kind})
     with pytest.raises(RunError, match=message):
-        a2c.make_learner(tiny_config("rnn"), recall(3)).init(jax.random.PRNGKey(0))
+        make_learner(tiny_config("rnn"), recall(3)).init(jax.random.PRNGKey(0))
 
 
 def test_only_pixels_are_divided_by_255():

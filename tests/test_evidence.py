@@ -13,8 +13,9 @@ import optax
 import pytest
 from scipy import stats
 
-from dvrl_jax import a2c, api
+from dvrl_jax import api
 from dvrl_jax.errors import RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import plotting
@@ -224,7 +225,7 @@ def save_run(path):
     """An untrained DVRL agent as a run whose only checkpoint is of update 20."""
     config = config_lib.finalise(tiny.tiny_hike("dvrl"))
     (path / "config.json").write_text(config_lib.to_json(config))
-    state = a2c.make_learner(config, api.make_env(config)).init(jax.random.PRNGKey(0))
+    state = make_learner(config, api.make_env(config)).init(jax.random.PRNGKey(0))
     saver = checkpoints.Checkpoints(path / "checkpoints", keep=1)
     saver.save(state._replace(update=jnp.int32(20)), True, -250.0, {})
     saver.wait()
@@ -279,7 +280,7 @@ def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
 def test_the_losses_parts_add_up_to_the_gradient_that_training_takes():
     config = config_lib.finalise(tiny.tiny_hike("dvrl"))
     env = api.make_env(config)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     state, draws = learner.init(jax.random.PRNGKey(0)), learner.draw(jax.random.PRNGKey(1))
     given = (state.params, state.batch_stats, state.actor, state.window, state.update, draws)
     parts, _ = jax.jit(lambda *given: causes.gradients_by_loss(config, env, *given))(*given)

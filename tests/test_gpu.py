@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
-from dvrl_jax import a2c, envs
+from dvrl_jax import envs
 from dvrl_jax.choices import Choices
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import compilation, process
 from dvrl_jax.runs import config as config_lib
 from tests.tiny import tiny_hike, tiny_pong
@@ -31,7 +32,7 @@ def gpu_ways(monkeypatch):
 
 def learner_and_state(config, use=None):
     config = config_lib.finalise(config)
-    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0), use)
+    learner = make_learner(config, envs.make_env(config.env, config.num_envs, 0), use)
     return learner, learner.init(jax.random.PRNGKey(0))
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dvrl_jax import a2c
 from dvrl_jax.agents import Agent
+from dvrl_jax.learner import make_learner
 from tests.tiny import Recall, recall, tiny_config
 
 BEST = Recall.LENGTH - 1
@@ -25,7 +25,7 @@ def mean_return_after_training(algorithm: str) -> float:
         model__action_encoding=0,  # Else the previous action would carry the cue from step to step.
         optimizer__learning_rate=2e-3,
     )
-    learner = a2c.make_learner(config, recall(config.num_envs))
+    learner = make_learner(config, recall(config.num_envs))
     state = jax.jit(learner.run)(learner.init(jax.random.PRNGKey(0)), jnp.int32(UPDATES))
     return state.episodes.summary()["result.mean"]
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
-from dvrl_jax import a2c, acting
+from dvrl_jax import acting
 from dvrl_jax.choices import Choices
 from dvrl_jax.envs import ActionSpec
 from dvrl_jax.fast import lineages
+from dvrl_jax.learner import make_learner
 from tests.golden import Recording
 from tests.segments import assert_equal_up_to, last_gradient
 from tests.tiny import normals, tiny_config
@@ -99,8 +100,7 @@ def test_gradient_is_that_through_every_particle(rows, action_encoding, monkeypa
         along_lineages, outcomes = last_gradient(config, env, segments, use)
         through_every, same_outcomes = last_gradient(config, env, segments, dataclasses.replace(use, lineages=False))
     killed, same_killed = (
-        np.stack([outcome.metrics["particles.killed"] for outcome in found])
-        for found in (outcomes, same_outcomes)
+        np.stack([outcome.metrics["particles.killed"] for outcome in found]) for found in (outcomes, same_outcomes)
     )
     np.testing.assert_array_equal(killed, same_killed)
     assert killed[:-1].any(axis=(1, 2)).all()
@@ -116,4 +116,4 @@ def test_only_particles_that_know_nothing_of_each_other_have_lineages(fields):
     config = tiny_config("dvrl", **fields)
     env = Recording(normals(0, 2, 3, 2), normals(1, 1, 3), np.zeros((1, 3), bool), ActionSpec(False, 2))
     assert lineages.apply_to(acting.make_agent(config, env, jax.random.key(0))) == (not fields)
-    assert ("through_recurrence" in a2c.make_learner(config, env, Choices.of("cpu")).way_back) == (not fields)
+    assert ("through_recurrence" in make_learner(config, env, Choices.of("cpu")).way_back) == (not fields)

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import envs
 from dvrl_jax.errors import ConfigError, RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import loop, run_directory, training
 from dvrl_jax.viewing import evaluation
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
@@ -97,7 +98,7 @@ def test_a_resumed_run_asks_for_other_episodes(tmp_path, monkeypatch):
     walls = [line["wall_time"] for line in run_directory.read_metrics(tmp_path)]
     assert walls == sorted(set(walls)) and len(walls) == 3
 
-    learner = a2c.make_learner(tiny_hike("rnn"), make_env(tiny_hike("rnn").env, 10, 0))
+    learner = make_learner(tiny_hike("rnn"), make_env(tiny_hike("rnn").env, 10, 0))
     state = learner.init(jax.random.PRNGKey(0))
     under_way = state._replace(episodes=jax.tree.map(lambda x: x + 1, state.episodes))
     begun = learner.restart(under_way, under_way.actor.env).episodes

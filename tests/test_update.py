@@ -9,6 +9,7 @@ import pytest
 from dvrl_jax import a2c, acting
 from dvrl_jax.agents import Timestep, dvrl
 from dvrl_jax.envs import Flicker
+from dvrl_jax.learner import make_learner
 from tests.tiny import recall, tiny_config
 
 WINDOW = 3
@@ -31,7 +32,7 @@ def updates():
     config = tiny_config("dvrl", **fields)
     # Steps in proportion to the gradient: else the rounding of those that batch norm makes 0 would be steps of its own.
     config.optimizer.eps, config.optimizer.learning_rate = 1.0, 0.1
-    learner = a2c.make_learner(config, Flicker(recall(config.num_envs), 0.4))
+    learner = make_learner(config, Flicker(recall(config.num_envs), 0.4))
     optimizer = a2c.make_optimizer(config.optimizer)
     run, gradient = jax.jit(learner.run), jax.jit(learner.gradient)
     state = learner.init(jax.random.PRNGKey(0))

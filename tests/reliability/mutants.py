@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/fast/distinct.py"
-LINEAGES, WINDOW, LEARNER = "dvrl_jax/fast/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
+LINEAGES, WINDOW, A2C = "dvrl_jax/fast/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
 ACTING, CHOICES, LOOP = "dvrl_jax/acting.py", "dvrl_jax/choices.py", "dvrl_jax/runs/loop.py"
 NETWORKS, BASE = "dvrl_jax/networks.py", "dvrl_jax/agents/base.py"
 DVRL, RNN = "dvrl_jax/agents/dvrl.py", "dvrl_jax/agents/rnn.py"
@@ -34,7 +34,7 @@ TESTS = {
         "tests/test_distinct.py",
         "tests/test_parity.py",
     ],
-    LEARNER: [
+    A2C: [
         "tests/reliability/test_losses.py",
         "tests/test_bptt.py::test_gradient_equals_autodiff_through_the_unrolled_window[rnn-gaussian-2]",
         "tests/test_bptt.py::test_window_fills_and_starts_anew[rnn-gaussian]",
@@ -203,7 +203,7 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("jnp.where(place == 0, 0, self.first)", "self.first"),
         ("jnp.where(where, place + 1, self.first)", "jnp.where(where, place, self.first)"),
     ],
-    LEARNER: [
+    A2C: [
         # Returns.
         ("reward + gamma * jnp.where(done, end_value, following)", "reward + jnp.where(done, end_value, following)"),
         ("jnp.where(done, end_value, following)", "following"),
@@ -250,7 +250,10 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("outcome.rollout.env.observed.astype", "(~outcome.rollout.env.observed).astype"),
     ],
     ACTING: [
-        ("belief = timestep_of(agent, actor), agent.restart(actor.belief, actor.is_first)", "belief = timestep_of(agent, actor), actor.belief"),
+        (
+            "belief = timestep_of(agent, actor), agent.restart(actor.belief, actor.is_first)",
+            "belief = timestep_of(agent, actor), actor.belief",
+        ),
         ("jnp.where(actor.is_first[:, None], first_action, actor.prev_action)", "actor.prev_action"),
         ("jnp.where(actor.is_first, 0.0, actor.env.reward)", "actor.env.reward"),
         ("is_first = outcome.done | ~outcome.valid", "is_first = outcome.done"),
@@ -269,7 +272,10 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("var * (count / max(count - 1, 1))", "var"),
         ("self._move_averages(mean, var", "self._move_averages(0 * mean, var"),
         ("if not notes.is_replay():", "if True:"),
-        ("normalise(x, scale, bias, mean, var, old_scale, old_bias, notes", "normalise(x, scale, bias, mean, var, scale, bias, notes"),
+        (
+            "normalise(x, scale, bias, mean, var, old_scale, old_bias, notes",
+            "normalise(x, scale, bias, mean, var, scale, bias, notes",
+        ),
         ("BATCH_NORM_MOMENTUM = 0.1", "BATCH_NORM_MOMENTUM = 0.9"),
         ("by_centred * centred - by_one", "by_one"),
         # GRU.

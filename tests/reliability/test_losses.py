@@ -9,6 +9,7 @@ import pytest
 
 from configs import default
 from dvrl_jax import a2c, envs
+from dvrl_jax.learner import make_learner
 from tests.tiny import tiny_hike
 
 T, B = 5, 3
@@ -43,7 +44,7 @@ def test_rewards_are_scaled_for_learning_and_reported_as_they_are():
     outcomes = {}
     for scale in (1.0, 0.5):
         config = tiny_hike("rnn", loss__reward_scale=scale)
-        learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+        learner = make_learner(config, envs.make_env(config.env, config.num_envs, 0))
         state = learner.init(jax.random.PRNGKey(0))
         draws = learner.draw(jax.random.PRNGKey(1))
         given = (state.params, state.batch_stats, state.actor, state.window, state.update, draws)
@@ -122,7 +123,7 @@ def test_all_finite_looks_at_every_number_of_every_leaf(value):
 def test_every_update_draws_anew():
     """Actions of consecutive updates differ by their noise; an untrained policy's means hardly differ."""
     config = tiny_hike("rnn", optimizer__learning_rate=1e-9)
-    learner = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0))
+    learner = make_learner(config, envs.make_env(config.env, config.num_envs, 0))
     state, run, actions = learner.init(jax.random.PRNGKey(0)), jax.jit(learner.run), []
     for _ in range(3):
         state = run(state, jnp.int32(1))

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvrl_jax import a2c, networks
+from dvrl_jax import networks
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
 from dvrl_jax.errors import RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import loop, run_directory
 from tests.tiny import tiny_config, tiny_hike, train
 
@@ -52,7 +53,7 @@ class Case:
 
     def __init__(self, algorithm, **fields):
         config = tiny_config(algorithm, num_envs=NUM_ENVS, num_steps=NUM_STEPS, bptt_segments=WINDOW, **fields)
-        self.learner = a2c.make_learner(config, Script())
+        self.learner = make_learner(config, Script())
         self.start = self.learner.init(jax.random.PRNGKey(1))
         self.run = jax.jit(self.learner.run)
 

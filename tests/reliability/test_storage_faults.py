@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import pytest
 
-from dvrl_jax import a2c, envs
+from dvrl_jax import envs
 from dvrl_jax.errors import RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import checkpoints, run_directory, training
 from dvrl_jax.viewing import evaluation
 from tests import tiny
@@ -41,7 +42,7 @@ def original(tmp_path_factory):
 @pytest.fixture(scope="module")
 def template():
     config = tiny.tiny_hike("rnn")
-    return a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
+    return make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_of_older_formats_all_but_the_episodes_is_read(run, template, states, ve
 
 def test_a_checkpoint_of_another_network_is_refused(run, template):
     config = tiny.tiny_hike("rnn", model__h_dim=9)
-    other = a2c.make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
+    other = make_learner(config, envs.make_env(config.env, config.num_envs, 0)).init(jax.random.PRNGKey(0))
     before = content(run)
     with pytest.raises(RunError, match=r"checkpoints/60: \S+ has shape \(.*\), this configuration needs \("):
         restore(run, other)
