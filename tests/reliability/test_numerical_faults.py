@@ -160,7 +160,7 @@ def test_advantages_that_are_all_zero(case):
     assert int(state.skipped) == 0
 
 
-# --- What is not finite is skipped -----------------------------------------------------------------------------------
+# --- What has NaN or inf is skipped ----------------------------------------------------------------------------------
 
 FAULTS = {
     "an observation that is no number": set_at("obs", BAD_STEP, np.nan),
