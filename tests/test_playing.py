@@ -101,6 +101,19 @@ def test_beliefs_start_anew_with_each_life_and_after_a_late_reset(algorithm):
         np.testing.assert_array_equal(same, seen.is_first)
 
 
+def test_an_agent_gets_to_see_what_led_to_an_observation():
+    """The action and the reward before it; where an episode begins, action 0 and no reward."""
+    env = Scripted()
+    keep = lambda agent, turn, key: (turn.start.timestep, turn.action, turn.after.reward)
+    seen, action, reward = playing.watch(agent_for(env), env, jax.random.PRNGKey(1), 12, keep)
+    np.testing.assert_array_equal(seen.obs[1:, :, 0], np.broadcast_to(np.arange(1, 12)[:, None], (11, 3)))
+    prev_action = np.where(seen.is_first[1:], 0, action[:-1])
+    np.testing.assert_array_equal(seen.prev_action[1:], np.eye(2)[prev_action])
+    np.testing.assert_array_equal(seen.prev_reward[1:], np.where(seen.is_first[1:], 0, reward[:-1]))
+    assert seen.is_first[0].all() and not seen.prev_reward[0].any()
+    assert np.any(reward[:-1][seen.is_first[1:]] != 0) and np.any(seen.prev_reward != 0)
+
+
 def test_greedy_actions_are_the_most_probable_ones_and_others_are_drawn():
     env, key = Batched(MountainHike(0.3), 50), jax.random.PRNGKey(1)
     agent = acting.make_agent(tiny_hike("rnn"), env, jax.random.PRNGKey(0))

@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from dvrl_jax import a2c, acting
-from dvrl_jax.agents import Timestep, dvrl
-from dvrl_jax.envs import Flicker
+from dvrl_jax.agents import Timestep, bind, dvrl
+from dvrl_jax.envs import Batched, Flicker
 from dvrl_jax.learner import make_learner
-from tests.tiny import recall, tiny_config
+from tests.tiny import Recall, recall, tiny_config
 
 WINDOW = 3
 
@@ -149,3 +149,32 @@ def test_noise_of_particles_is_uniform_and_normal_and_independent(particles):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size)
     other = agent.draw(jax.random.PRNGKey(2), steps, envs)
     assert not np.any(np.asarray(other.u) == u) and not np.any(np.asarray(other.eps) == eps)
+
+
+class CutOff(Recall):
+    """Recall, whose episodes are cut off instead of coming to their end."""
+
+    def step(self, key, state, action):
+        step = super().step(key, state, action)
+        return step._replace(terminated=step.truncated, truncated=step.terminated)
+
+
+@pytest.mark.parametrize(("task", "bootstrap"), [(CutOff, True), (CutOff, False), (Recall, True)])
+def test_a_cut_off_episode_ends_with_the_value_of_its_last_observation(task, bootstrap):
+    config = tiny_config("rnn", num_steps=Recall.LENGTH, loss__bootstrap_truncated=bootstrap)
+    learner = make_learner(config, Batched(task(), 3))
+    state = learner.init(jax.random.PRNGKey(0))
+    given = (state.params, state.batch_stats, state.actor, state.window, state.update)
+    _, outcome = jax.jit(learner.gradient)(*given, learner.draw(jax.random.PRNGKey(1)))
+    rollout = outcome.rollout
+    assert not rollout.env.done[:-1].any() and rollout.env.done[-1].all()
+    expected = np.zeros((Recall.LENGTH, 3))
+    if task is CutOff and bootstrap:
+        # The environments show new episodes by now; the last observation of the old ones is known.
+        env = rollout.actor.env._replace(obs=jnp.broadcast_to(jnp.array([0.0, 1.0]), (3, 2)))
+        last = rollout.actor._replace(env=env, is_first=jnp.zeros(3, bool))
+        expected[-1] = acting.value_of(bind(learner.graphdef, state.params, state.batch_stats), last, ())
+        assert np.abs(expected[-1]).min() > 1e-3
+    np.testing.assert_allclose(rollout.end_value, expected, rtol=1e-4, atol=1e-6)
+    last_return = np.asarray(rollout.env.reward[-1]) + config.loss.gamma * expected[-1]
+    np.testing.assert_allclose(outcome.returns[-1], last_return, rtol=1e-4, atol=1e-6)
