@@ -25,8 +25,6 @@ from dvrl_jax.train_state import TrainState
 
 Array = jax.Array
 
-# --- Returns, losses, optimiser: the mathematics ---------------------------------------------------------------------
-
 
 def n_step_returns(rewards: Array, dones: Array, bootstrap: Array, gamma: float, end_values: Array | float = 0.0):
     """R_t = r_t + gamma * R_{t+1}, with R_T the bootstrap value (Mnih et al., 2016).
@@ -91,9 +89,6 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
 
 
-# --- The loss of a segment, and its gradient -------------------------------------------------------------------------
-
-
 class Outcome(NamedTuple):
     """What happened in one update.
 
@@ -141,9 +136,6 @@ def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
     measured["obs.avg_nr_observed"] = masked_mean(outcome.rollout.env.observed.astype(jnp.float32), mask)
     measured["gradient.norm"] = optax.tree.norm(grads)
     return measured
-
-
-# --- The update -----------------------------------------------------------------------------------------------------
 
 
 def all_finite(tree: Any) -> Array:
