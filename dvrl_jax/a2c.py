@@ -19,13 +19,11 @@ from flax import nnx
 from dvrl_jax import choices
 from dvrl_jax.acting import Actor, Rollout
 from dvrl_jax.agents import Agent, bind, select
-from dvrl_jax.bptt import Backpropagation, Window
+from dvrl_jax.bptt import Backpropagation
 from dvrl_jax.notes import replayed
-from dvrl_jax.statistics import EpisodeStatistics, Metrics
+from dvrl_jax.train_state import TrainState
 
 Array = jax.Array
-
-# --- Returns, losses, optimiser: the mathematics ---------------------------------------------------------------------
 
 
 def n_step_returns(rewards: Array, dones: Array, bootstrap: Array, gamma: float, end_values: Array | float = 0.0):
@@ -91,9 +89,6 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
 
 
-# --- The loss of a segment, and its gradient -------------------------------------------------------------------------
-
-
 class Outcome(NamedTuple):
     """What happened in one update.
 
@@ -141,30 +136,6 @@ def measure(grads: nnx.State, outcome: Outcome) -> dict[str, Array]:
     measured["obs.avg_nr_observed"] = masked_mean(outcome.rollout.env.observed.astype(jnp.float32), mask)
     measured["gradient.norm"] = optax.tree.norm(grads)
     return measured
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-class TrainState(NamedTuple):
-    """Everything training carries. `update` counts updates; `env_steps` counts transitions (uint32).
-
-    `skipped` counts the updates that were left out for NaN or inf, `skipped_in_row` the latest such without a good one
-    in between. The randomness of update i comes from `key` and i alone.
-    """
-
-    params: nnx.State
-    batch_stats: nnx.State
-    opt_state: optax.OptState
-    actor: Actor
-    window: Window
-    episodes: EpisodeStatistics
-    metrics: Metrics
-    key: Array
-    update: Array
-    env_steps: Array
-    skipped: Array
-    skipped_in_row: Array
 
 
 def all_finite(tree: Any) -> Array:

@@ -54,8 +54,7 @@ class Rollout(NamedTuple):
         actor, batch_stats: after the segment.
         segment: for taking its recurrence again. score_notes, summary_notes: what else was noted, of T steps.
         action: [T, B, ...] taken. env: [T, B] outcomes of the steps; observations and inner states left out.
-        bootstrap: [B], the value of the observation after the last step.
-        end_value: [T, B], the value that stands in the return where an episode ends; see `roll_out`.
+        bootstrap: [B], value of the last observation. end_value: [T, B], stands in the return where an episode ends.
     """
 
     actor: Actor

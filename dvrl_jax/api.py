@@ -15,13 +15,14 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, acting, choices, envs
+from dvrl_jax import acting, choices, envs
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import BatchedEnvironment, Environment
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import compilation, loop
 from dvrl_jax.runs import config as config_lib
+from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import evaluation
 
 Array = jax.Array
@@ -128,8 +129,8 @@ class Train:
         self._program = compilation.jit(self._learner.run, config)
 
     def __call__(
-        self, seed: int = 0, num_updates: int = 1000, state: a2c.TrainState | None = None
-    ) -> tuple[a2c.TrainState, list[dict[str, Any]]]:
+        self, seed: int = 0, num_updates: int = 1000, state: TrainState | None = None
+    ) -> tuple[TrainState, list[dict[str, Any]]]:
         """Trains for `num_updates` updates of `config.num_steps` steps in each environment.
 
         With a `state` that it returned before, it continues from there; that state's buffers are donated and cannot be
@@ -163,7 +164,7 @@ class Train:
             raise
         return held.state, history
 
-    def pure(self, key: Array, num_updates: int) -> tuple[a2c.TrainState, dict[str, Array]]:
+    def pure(self, key: Array, num_updates: int) -> tuple[TrainState, dict[str, Array]]:
         """The same as one pure function, for `jit` and `vmap`: `jax.jit(jax.vmap(lambda k: train.pure(k, 500)))(keys)`.
 
         No loop in it has a length that depends on the key. Nothing stops it when updates are skipped.
@@ -180,7 +181,7 @@ class Train:
             raise RunError(f"{self.config.env.name}: is no pure function, so it cannot be trained by `pure`")
         learner, every = self._learner_for_seeds, self.config.log.interval
 
-        def to_next_line(state: a2c.TrainState, _: None) -> tuple[a2c.TrainState, dict[str, Array]]:
+        def to_next_line(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
             state = learner.run(state, every)
             line = {"update": state.update, "env_steps": state.env_steps, "updates.skipped": state.skipped}
             line |= state.episodes.results() | state.metrics.averages()
@@ -198,10 +199,10 @@ class Train:
 class _Held:
     """A program that remembers the state that it returned last, for whoever is interrupted."""
 
-    def __init__(self, program: Callable, state: a2c.TrainState):
+    def __init__(self, program: Callable, state: TrainState):
         self.program, self.state = program, state
 
-    def __call__(self, state: a2c.TrainState, num_updates: Array) -> a2c.TrainState:
+    def __call__(self, state: TrainState, num_updates: Array) -> TrainState:
         self.state = self.program(state, num_updates)
         return self.state
 
@@ -211,7 +212,7 @@ def make_train(config: ConfigDict, env: Environment | BatchedEnvironment) -> Tra
     return Train(config, envs.as_batch(env, config.num_envs))
 
 
-def trained_agent(config: ConfigDict, env: Environment | BatchedEnvironment, state: a2c.TrainState) -> Agent:
+def trained_agent(config: ConfigDict, env: Environment | BatchedEnvironment, state: TrainState) -> Agent:
     """The agent with a state's weights, ready to play: batch norm uses its running averages."""
     abstract = nnx.eval_shape(lambda: make_agent(config, env))
     graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)

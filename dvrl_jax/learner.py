@@ -14,13 +14,14 @@ import optax
 from flax import nnx
 
 from dvrl_jax import agents, choices, envs
-from dvrl_jax.a2c import Outcome, TrainState, make_optimizer, measure, segment_loss, update
+from dvrl_jax.a2c import Outcome, make_optimizer, measure, segment_loss, update
 from dvrl_jax.acting import Actor, Draws, Rollout, first_actor, make_agent, roll_out
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.bptt import Backpropagation, Window
 from dvrl_jax.choices import Choices
 from dvrl_jax.envs import BatchedEnvironment, EnvState
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
+from dvrl_jax.train_state import TrainState
 
 Array = jax.Array
 

@@ -79,11 +79,7 @@ def note(x: Array, name: str, activation: Activation = IDENTITY) -> Array:
 
 
 def note_statistic(compute: Callable[[], Array], name: str) -> Array:
-    """What `compute` returns for a batch, as a constant; in a replay what it returned at the time of acting.
-
-    Raises:
-        NoteError: as `note`, but for shapes.
-    """
+    """What `compute` returns for a batch, as a constant; in a replay what it returned when acting. Raises NoteError."""
     pad = _pad.get()
     if isinstance(pad, _Replay):
         return pad.take(pad.notes.batch, name)

@@ -27,6 +27,7 @@ from dvrl_jax.agents import Agent, bind
 from dvrl_jax.errors import RunError
 from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import command_line, markdown, process
+from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import evaluation, playing
 
 Array = jax.Array
@@ -151,7 +152,7 @@ def causes(path: Path, updates: int, checkpoint: str, seed: int) -> dict[str, An
         return learner.roll_out(params, batch_stats, actor, learner.draw(key)).actor, None
 
     @jax.jit
-    def measure(state: a2c.TrainState) -> dict[str, Array]:
+    def measure(state: TrainState) -> dict[str, Array]:
         warm_keys, keys = (jax.random.split(jax.random.fold_in(state.key, i), n) for i, n in enumerate((15, updates)))
         actor, _ = jax.lax.scan(warm_up, state.actor, warm_keys)
         _, numbers = jax.lax.scan(advance, (actor, state.window), (jnp.arange(updates) % config.bptt_segments, keys))

@@ -18,7 +18,7 @@ from tests.tiny import tiny_config
 
 NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
-# Beliefs by name, with a policy (categorical or gaussian). After that: batch norm (bn), one particle (one), lineages not
+# Beliefs by name, with a policy (categorical or gaussian). Then: batch norm (bn), one particle (one), lineages not
 # in use (whole).
 CASES = [
     "dvrl-categorical-bn",

@@ -167,9 +167,9 @@ class Agent(nnx.Module, abc.ABC):
         return any(norm.use_running_average for norm in self._batch_norms())
 
     @use_running_average.setter
-    def use_running_average(self, use: bool) -> None:
+    def use_running_average(self, value: bool) -> None:
         for norm in self._batch_norms():
-            norm.use_running_average = use
+            norm.use_running_average = value
 
     def _batch_norms(self) -> list[networks.BatchNorm]:
         return [module for _, module in nnx.iter_modules(self) if isinstance(module, networks.BatchNorm)]

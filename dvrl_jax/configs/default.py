@@ -12,9 +12,7 @@ def get_config() -> ConfigDict:
     c.num_envs = 16  # Environments stepped together.
     c.num_steps = 5  # Environment steps per update (one segment).
     c.bptt_segments = 5  # Segments that gradients may cross (one window).
-    # Training stops after this many updates in a row with a loss or gradient that is not finite, which are skipped.
-    # A broken episode of Mountain Hike lasts 15 updates: 100 outlast those, and no hour of computing is wasted.
-    c.max_skipped_updates = 100
+    c.max_skipped_updates = 100  # Training stops after so many updates in a row that were skipped for NaN or inf.
 
     c.env = ConfigDict()
     c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".

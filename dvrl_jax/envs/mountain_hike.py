@@ -5,7 +5,7 @@ each step costs `OUTSIDE_REWARD`.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +70,6 @@ class MountainHike(Environment):
 
     def __init__(self, observation_std: float = 0.0):
         self.observation_std = observation_std
-
-    @classmethod
-    def painter(cls) -> Any:
-        from dvrl_jax.viewing.pictures.hike import HikePainter  # Drawing is imported where something is drawn.
-
-        return HikePainter()
 
     def reset(self, key: Array) -> tuple[HikeState, Array]:
         start_noise, reading_noise = jnp.split(jax.random.normal(key, (4,)), 2)

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dvrl_jax.a2c import TrainState
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import process
+from dvrl_jax.train_state import TrainState
 
 EPISODE_FIELDS = ("actor", "window")
 # Of what a checkpoint holds: 2 added the checksums and the counts of skipped updates, 3 to 5 changed what the window

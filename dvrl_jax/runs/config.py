@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,18 @@ def finalise(config: ConfigDict) -> ConfigDict:
     return config
 
 
+# The least values of fields, and the largest of sizes and of what is counted in 32 bits.
+_AT_LEAST = {
+    1: "total_env_steps num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles "
+    "log.interval checkpoint.keep max_skipped_updates",
+    0: "env.observation_std model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
+    "log.save_reconstruction_interval",
+}
+_SIZES = "num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles"
+_SIZES += " model.action_encoding"
+_COUNTS = "max_skipped_updates log.interval checkpoint.interval checkpoint.keep"
+
+
 def _check(c: ConfigDict) -> None:
     fields = flatten(c)
 
@@ -202,20 +214,13 @@ def _check(c: ConfigDict) -> None:
             require(field, False, "a finite number (of 32 bits)")
     algorithms = sorted(agents.named())
     require("algorithm", c.algorithm in algorithms, f"one of {', '.join(algorithms)}")
-    for field in ("total_env_steps", "num_envs", "num_steps", "bptt_segments", "env.frame_skip", "model.h_dim"):
-        require(field, fields[field] >= 1, "at least 1")
-    for field in ("model.z_dim", "model.num_particles", "log.interval", "checkpoint.keep", "max_skipped_updates"):
-        require(field, fields[field] >= 1, "at least 1")
-    for field in ("env.observation_std", "model.action_encoding", "model.obs_loss_coef"):
-        require(field, fields[field] >= 0, "at least 0")
-    for field in ("checkpoint.interval", "checkpoint.minutes"):
-        require(field, fields[field] >= 0, "at least 0")
-    for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
-        require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
-    sizes = ("num_envs", "num_steps", "bptt_segments", "env.frame_skip")
-    for field in (*sizes, "model.h_dim", "model.z_dim", "model.num_particles", "model.action_encoding"):
+    coefs = [field for field in fields if field.startswith("loss.") and field.endswith("_coef")]
+    for least, names in _AT_LEAST.items():
+        for field in (*names.split(), *(() if least else coefs)):
+            require(field, fields[field] >= least, f"at least {least}")
+    for field in _SIZES.split():
         require(field, fields[field] <= LARGEST, f"at most {LARGEST:,}")
-    for field in ("max_skipped_updates", "log.interval", "checkpoint.interval", "checkpoint.keep"):
+    for field in _COUNTS.split():
         require(field, fields[field] < 2**31, "less than 2**31")
     require("seed", 0 <= c.seed < 2**31, "between 0 and 2147483647")
     # Steps are counted in unsigned, updates in signed integers of 32 bits, and the last update may go too far.
@@ -239,13 +244,17 @@ def _check(c: ConfigDict) -> None:
     channels = c.model.channels
     valid_channels = all(type(n) is int and 1 <= n <= LARGEST for n in channels)
     require("model.channels", valid_channels, f"whole numbers, at least 1 and at most {LARGEST:,}")
-    require("log.save_reconstruction_interval", c.log.save_reconstruction_interval >= 0, "at least 0")
     times = c.log.predicted_times
     valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
     require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
     agents.named()[c.algorithm].check(c)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
+    _check_env(c, require)
+
+
+def _check_env(c: ConfigDict, require: Callable[[str, bool, str], None]) -> None:
+    """That there is such an environment, and networks for what it shows."""
     kind, own = envs.find(c.env.name), sorted(envs.named())
     close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
@@ -254,9 +263,9 @@ def _check(c: ConfigDict) -> None:
     except ValueError as error:
         raise ConfigError(f"env: {c.num_envs} of {c.env.name} cannot be made ({error})") from None
     try:
-        networks.encoded_shape(shape, channels)
+        networks.encoded_shape(shape, c.model.channels)
     except ValueError as error:
-        raise ConfigError(f"model.channels = {_short(channels)}: {error} (env.name is {c.env.name})") from None
+        raise ConfigError(f"model.channels = {_short(c.model.channels)}: {error} (env.name is {c.env.name})") from None
 
 
 def _is_number(value: Any) -> bool:

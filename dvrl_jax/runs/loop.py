@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dvrl_jax.a2c import TrainState
 from dvrl_jax.errors import RunError
+from dvrl_jax.train_state import TrainState
 
 # A call of the compiled program is at most about this long, so that progress is seen and signals are answered.
 MAX_CALL_SECONDS = 10.0

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import a2c, envs, networks
+from dvrl_jax import envs, networks
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory
 from dvrl_jax.runs import config as config_lib
+from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import reconstructions
 
 # After so many updates in a row without a single step that counts, something is wrong with the environment.
@@ -62,7 +63,7 @@ def resolve_config(run: run_directory.RunDirectory, given: ConfigDict | None, ov
     return config_lib.from_fields(fields | {k: v for k, v in wanted.items() if k in fields})
 
 
-def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool = True) -> a2c.TrainState:
+def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool = True) -> TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
 
     `use_cache` allows the persistent compilation cache.
@@ -94,7 +95,7 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
         return writer.train(_compile(learner, config, state, env.restorable, use_cache), state)
 
 
-def _compile(learner: Learner, config: ConfigDict, state: a2c.TrainState, restorable: bool, use_cache: bool):
+def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable: bool, use_cache: bool):
     """The compiled program for `learner.run`, ready to be called.
 
     Ahead of the first call, so that compile time is known as such and no step is taken by it. There is nothing to save
@@ -118,7 +119,7 @@ def _seed_of_episodes(seed: int, update: int) -> int:
     return int(np.random.SeedSequence([seed, update]).generate_state(1)[0]) % 2**31
 
 
-def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: a2c.TrainState) -> None:
+def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: TrainState) -> None:
     print(config_lib.describe(config))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
@@ -136,7 +137,7 @@ class _Writer:
         self.signum: int | None = None
         self.saved_at = self.start
 
-    def train(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
+    def train(self, program: jax.stages.Compiled, state: TrainState) -> TrainState:
         compiled = time.monotonic() - self.start
         with process.answering(self._on_signal), contextlib.ExitStack() as opened:
             self._begin_at(int(state.update))
@@ -172,7 +173,7 @@ class _Writer:
         del frame
         self.signum = signum
 
-    def _follow(self, program: jax.stages.Compiled, state: a2c.TrainState) -> a2c.TrainState:
+    def _follow(self, program: jax.stages.Compiled, state: TrainState) -> TrainState:
         """Trains to the end, or until a signal came."""
         if self.signum is not None:
             return state
@@ -190,7 +191,7 @@ class _Writer:
                 break
         return state
 
-    def _remaining(self, state: a2c.TrainState) -> int:
+    def _remaining(self, state: TrainState) -> int:
         steps = self.config.total_env_steps - int(state.env_steps)
         return -(-steps // (self.config.num_envs * self.config.num_steps))
 
@@ -214,7 +215,7 @@ class _Writer:
         waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
         return waited_long or (every > 0 and update % every == 0)
 
-    def _save_reconstruction(self, state: a2c.TrainState) -> None:
+    def _save_reconstruction(self, state: TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
         reconstructions.save(self.run_directory.path, int(state.update), arrays)
         picture = reconstructions.picture(self.config.env.name, arrays)
@@ -224,7 +225,7 @@ class _Writer:
     def _wall_time(self) -> float:
         return self.wall_time_before + time.monotonic() - self.start
 
-    def _save(self, state: a2c.TrainState) -> None:
+    def _save(self, state: TrainState) -> None:
         extra = {"wall_time": self._wall_time()}
         self.saver.save(state, self.with_episodes, state.episodes.summary()["result.true"], extra)
         self.saved_at = time.monotonic()

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dvrl_jax import a2c, acting, envs
+from dvrl_jax import acting, envs
 from dvrl_jax.agents import bind
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import compilation, run_directory
+from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import playing
+from dvrl_jax.viewing.images import to_uint8
 
 Array = jax.Array
 
@@ -31,7 +33,7 @@ MAX_SHOWN = 4  # Environments in a picture.
 KEY = 0x5EED  # Sets these draws apart from those of training.
 
 
-def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable[[a2c.TrainState], dict[str, Array]]:
+def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable[[TrainState], dict[str, Array]]:
     """Returns a function of the training state: the observations at hand and predictions from them, by file name.
 
     It changes nothing: training goes on as if it had not been called.
@@ -45,7 +47,7 @@ def make_reconstruct(graphdef: nnx.GraphDef, times: tuple[int, ...]) -> Callable
         seen = {"observation": actor.env.obs, "observed": actor.env.observed}
         return seen | {f"prediction_{dt}": value for dt, value in predicted.items()}
 
-    def of_state(state: a2c.TrainState) -> dict[str, Array]:
+    def of_state(state: TrainState) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, KEY), state.update)
         actor = state.actor._replace(env=state.actor.env._replace(inner=()))
         return reconstruct(state.params, state.batch_stats, actor, key)
@@ -57,13 +59,6 @@ def to_storage(values: dict[str, Array]) -> dict[str, np.ndarray]:
     """Arrays on the host, images [B, h, w, c] as uint8."""
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {name: to_uint8(array) if array.ndim == 4 else array for name, array in arrays.items()}
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images of any shape as uint8; floating point ones are taken as 0..1, and cut off there."""
-    if images.dtype == np.uint8:
-        return images
-    return np.round(255 * np.clip(images, 0.0, 1.0)).astype(np.uint8)
 
 
 def save(path: Path, update: int, arrays: dict[str, np.ndarray]) -> None:

@@ -41,9 +41,14 @@ class Painter(Protocol):
         """
 
 
+# Painters of the package's own environments, by name. Another environment has its own (`Environment.painter`).
+PAINTERS: dict[str, type[Painter]] = {"MountainHike": HikePainter}
+
+
 def find_painter(env: Task | type[Task], is_image: bool) -> Painter | None:
     """The painter of an environment, or of environments of that class; None if there is none."""
-    return env.painter() or (FramePainter(env.steps_per_second) if is_image else None)
+    own = PAINTERS[env.name]() if env.name in PAINTERS else env.painter()
+    return own or (FramePainter(env.steps_per_second) if is_image else None)
 
 
 def no_picture(name: str) -> RunError:

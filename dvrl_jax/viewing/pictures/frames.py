@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dvrl_jax.viewing.reconstructions import to_uint8
+from dvrl_jax.viewing.images import to_uint8
 from dvrl_jax.viewing.recording import Recording
 
 INK, FAINT, PAPER = (30, 30, 30), (150, 150, 150), (255, 255, 255)
