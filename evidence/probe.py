@@ -57,7 +57,7 @@ def features_of(agent: Agent, belief: Any) -> dict[str, Array]:
         return {"state h": belief.h}
     mean = lambda x: pf.weighted_mean(x, belief.log_weight)
     return {
-        HEADS: agent.policy_features(belief),
+        HEADS: agent.features(belief),
         "particles' mean [h, phi_z]": mean(jnp.concatenate([belief.h, belief.phi_z], axis=-1)),
         "particles' mean z": mean(belief.z),
     }

@@ -23,7 +23,7 @@ def test_everything_that_is_offered_exists():
         assert getattr(dvrl_jax, name).__doc__, name
         kinds = ("ActionSpec", "Agent", "Batched", "BatchedEnvironment", "Environment", "Games", "ObservationSpec")
         kinds += ("Recording", "Run", "Step", "Turn", "Watched")
-        assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play")
+        assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play_games")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dvrl_jax.nonsense  # noqa: B018
 
@@ -158,8 +158,9 @@ def test_training_that_is_interrupted_can_go_on(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         patch.setattr("dvrl_jax.statistics.EpisodeStatistics.summary", interrupt)
         train(num_updates=10, state=start)
+    assert int(stopped.value.state.update) == 3  # The first call is of one update.
     state, history = train(num_updates=2, state=stopped.value.state)
-    assert int(state.update) == 6 and [line["update"] for line in history] == [6]
+    assert int(state.update) == 5 and [line["update"] for line in history] == [4]
 
 
 def test_a_number_of_updates_is_whole():

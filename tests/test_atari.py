@@ -23,6 +23,7 @@ from dvrl_jax.envs import ActionSpec, Batched, EnvState, Flicker, MountainHike, 
 from dvrl_jax.envs.atari import Atari, make_pool
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
+from dvrl_jax.train_state import TrainState
 from tests.golden import Recording
 
 NUM_ENVS = 8
@@ -428,7 +429,7 @@ class Training(NamedTuple):
 
     algorithm: str
     learner: Learner
-    state: a2c.TrainState
+    state: TrainState
     gradient: Callable
 
     def segments(self, obs, reward):

@@ -164,7 +164,7 @@ class Agent(nnx.Module, abc.ABC):
     @property
     def use_running_average(self) -> bool:
         """Whether batch norm uses its running averages, for evaluation with few environments."""
-        return any(norm.use_running_average for norm in self._batch_norms())
+        return all(norm.use_running_average for norm in self._batch_norms())
 
     @use_running_average.setter
     def use_running_average(self, value: bool) -> None:

@@ -282,7 +282,7 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("return n + z * (h - n)", "return h + z * (n - h)"),
     ],
     BASE: [
-        ("norm.use_running_average = use", "pass"),
+        ("norm.use_running_average = value", "pass"),
         ("jax.lax.stop_gradient(belief) if self.detach_encoder else belief", "belief"),
         ("RELU_GAIN * (1.0 if action.discrete else GAUSSIAN_HEAD_GAIN)", "RELU_GAIN"),
         ("expected[dt - 1] for dt", "expected[dt - 2] for dt"),
