@@ -158,7 +158,7 @@ def measure_parts(config, env, learner, state, total_ms: float) -> dict[str, flo
 
     def environment(state, i):
         action = learner_action(state)
-        step = lambda env_state, _: (env.step(env_state, action), None)
+        step = lambda env_state, _: (env.step(env_state, action)._replace(final_obs=()), None)
         return state._replace(
             actor=state.actor._replace(env=jax.lax.scan(step, state.actor.env, None, config.num_steps)[0])
         )
