@@ -73,10 +73,15 @@ def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]
         for name, kind in kinds.items():
             if names is None or name in names:
                 yield from ((name, group, setting, value) for setting, value in kind.settings.items())
+                for loss, coef in getattr(kind, "losses", {}).items():
+                    yield name, "loss", f"{loss}_coef", float(coef)
 
 
 def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
-    """The default configuration and what environments and belief models of these names (None: all) can set besides."""
+    """The default configuration and what environments and belief models of these names (None: all) can set besides.
+
+    A belief model can set a coefficient, `loss.<name>_coef`, for each of its losses.
+    """
     config = default_config()
     for _, group, setting, value in _settings(names):
         if setting not in config[group]:
@@ -208,8 +213,9 @@ def _check(c: ConfigDict) -> None:
         require(field, fields[field] >= 0, "at least 0")
     for field in ("checkpoint.interval", "checkpoint.minutes"):
         require(field, fields[field] >= 0, "at least 0")
-    for field in ("value_coef", "action_coef", "entropy_coef", "encoding_coef"):
-        require(f"loss.{field}", fields[f"loss.{field}"] >= 0, "at least 0")
+    for field in fields:
+        if field.startswith("loss.") and field.endswith("_coef"):
+            require(field, fields[field] >= 0, "at least 0")
     sizes = ("num_envs", "num_steps", "bptt_segments", "env.frame_skip")
     for field in (*sizes, "model.h_dim", "model.z_dim", "model.num_particles", "model.action_encoding"):
         require(field, fields[field] <= LARGEST, f"at most {LARGEST:,}")
