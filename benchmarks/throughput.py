@@ -82,12 +82,13 @@ def make_program(config) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from dvrl_jax import a2c, envs
+    from dvrl_jax import envs
+    from dvrl_jax.learner import make_learner
     from dvrl_jax.runs import compilation
 
     began = time.perf_counter()
     env = envs.make_env(config.env, config.num_envs, config.seed)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(config.seed))
     setup = time.perf_counter() - began
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Advantage actor-critic: returns, losses, optimiser, and the update.
+"""Advantage actor-critic: returns, losses, optimiser, and the update of the weights.
 
 An update first *acts* for a segment of `num_steps` environment steps (`acting.py`), without gradients. Then it
 *learns*: the segment's recurrence runs once more, then what each step foresaw and chose, and this is differentiated
@@ -8,8 +8,6 @@ through the earlier ones of the window (`bptt.py`).
 Everything between two log lines, the environments included, is one call of `Learner.run`.
 """
 
-import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -18,12 +16,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax import agents, choices, envs
-from dvrl_jax.acting import Actor, Draws, Rollout, first_actor, make_agent, roll_out
+from dvrl_jax import choices
+from dvrl_jax.acting import Actor, Rollout
 from dvrl_jax.agents import Agent, bind, select
 from dvrl_jax.bptt import Backpropagation, Window
-from dvrl_jax.choices import Choices
-from dvrl_jax.envs import BatchedEnvironment, EnvState
 from dvrl_jax.notes import replayed
 from dvrl_jax.statistics import EpisodeStatistics, Metrics
 
@@ -188,179 +184,39 @@ def recover(agent: Agent, actor: Actor, skipped: Array) -> Actor:
     return Actor(actor.env, belief, prev_action, actor.is_first | broken)
 
 
-def _with_choices(method):
-    """A method of `Learner`, traced with its choices in use."""
+def update(learner, state: TrainState) -> TrainState:
+    """One segment and one step of the optimiser; `learner` is a `learner.Learner`.
 
-    @functools.wraps(method)
-    def traced(self, *arguments):
-        with self.choices.in_use():
-            return method(self, *arguments)
-
-    return traced
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Learner:
-    """Training for one configuration, as pure functions. `make_learner` makes one.
-
-    Attributes:
-        config: a whole configuration, checked. env: where it acts. optimizer: for the weights.
-        agent: of arrays without values. graphdef: of the agent, see `agents.bind`.
-        choices: how it is computed. way_back: fields of `Backpropagation` besides the agent.
+    If the loss, the gradient or what they would make of the weights has a NaN or inf, the optimiser's step is skipped:
+    weights, optimiser, batch-norm averages and averaged metrics stay as they were. The environments have moved on all
+    the same. No later gradient goes through the segment just played; beliefs start anew (see `recover`) only where they
+    are broken, since what the others remember is true.
     """
-
-    config: Any
-    env: BatchedEnvironment
-    optimizer: optax.GradientTransformation
-    agent: Agent
-    graphdef: nnx.GraphDef
-    choices: Choices
-    way_back: dict[str, Any]
-
-    def draw(self, key: Array) -> Draws:
-        """The randomness of a segment."""
-        belief_key, action_key = jax.random.split(key)
-        noise = self.agent.draw(belief_key, self.config.num_steps + 1, self.env.num_envs)
-        return Draws(noise, jax.random.split(action_key, self.config.num_steps))
-
-    @_with_choices
-    def roll_out(self, params: nnx.State, batch_stats: nnx.State, actor: Actor, draws: Draws) -> Rollout:
-        """Acts for a segment (see `acting.roll_out`)."""
-        truncated = self.config.loss.bootstrap_truncated
-        return roll_out(self.graphdef, self.env, params, batch_stats, actor, draws, truncated)
-
-    @_with_choices
-    def learn(
-        self, params: nnx.State, batch_stats: nnx.State, rollout: Rollout, window: Window, place: Array
-    ) -> tuple[nnx.State, Outcome]:
-        """Gradient of the loss of the segment just acted, through it and all earlier ones of the window.
-
-        `window` holds them all, the newest in `place`, behind the earlier ones.
-        """
-        way = Backpropagation(lambda params: bind(self.graphdef, params, batch_stats), **self.way_back)
-        inputs = (params, rollout.segment.carry, way.encode(params, rollout.segment))
-        loss = functools.partial(segment_loss, way=way, rollout=rollout, config=self.config)
-        grads, outcome = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
-        return way.through_window(params, window, place, *grads), outcome
-
-    def gradient(
-        self, params: nnx.State, batch_stats: nnx.State, actor: Actor, window: Window, place: Array, draws: Draws
-    ) -> tuple[nnx.State, Outcome]:
-        """Acts for a segment and learns from it; `window` holds the earlier ones, and it has that `place` in it."""
-        rollout = self.roll_out(params, batch_stats, actor, draws)
-        return self.learn(params, batch_stats, rollout, window.put(rollout.segment, place), place)
-
-    @_with_choices
-    def update(self, state: TrainState) -> TrainState:
-        """One segment and one step of the optimiser.
-
-        If the loss, the gradient or what they would make of the weights has a NaN or inf, the optimiser's step is
-        skipped: weights, optimiser, batch-norm averages and averaged metrics stay as they were. The environments have
-        moved on all the same. No later gradient goes through the segment just played; beliefs start anew (see
-        `recover`) only where they are broken, since what the others remember is true.
-        """
-        place = state.update % state.window.capacity
-        draws = self.draw(jax.random.fold_in(state.key, state.update))
-        rollout = self.roll_out(state.params, state.batch_stats, state.actor, draws)
-        # Put there before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads
-        # the window of before any more, XLA need not copy it.
-        window = state.window.put(rollout.segment, place)
-        grads, outcome = self.learn(state.params, state.batch_stats, rollout, window, place)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
-        good = all_finite((outcome.losses["total"], optax.tree.norm(grads), learned))
-        known = (state.params, state.batch_stats, state.opt_state)
-        (params, batch_stats, opt_state), skipped_in_row = self.choices.select(
-            good, (learned, 0), (known, state.skipped_in_row + 1)
-        )
-        return TrainState(
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            actor=recover(bind(self.graphdef, params, batch_stats), rollout.actor, ~good),
-            window=window.cut(place, ~good),
-            episodes=state.episodes.add(rollout.env),
-            metrics=state.metrics.add(measure(grads, outcome), good),
-            key=state.key,
-            update=state.update + 1,
-            env_steps=state.env_steps + jnp.sum(rollout.env.valid, dtype=jnp.uint32),
-            skipped=state.skipped + ~good,
-            skipped_in_row=skipped_in_row,
-        )
-
-    def run(self, state: TrainState, num_updates: Array) -> TrainState:
-        """`num_updates` updates, which is data: one compiled program serves any number."""
-        return jax.lax.fori_loop(0, num_updates, lambda _, state: self.update(state), state)
-
-    def init(self, key: Array) -> TrainState:
-        """Fresh weights, fresh episodes, counters at 0.
-
-        Raises:
-            RunError: the environment is not as `BatchedEnvironment` says.
-        """
-        agent_key, env_key, train_key = jax.random.split(key, 3)
-        env_state = self.env.reset(env_key)
-        envs.check(self.env, env_state)
-        return self.restart(self._untrained(agent_key, train_key), env_state)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def restart(self, state: TrainState, env_state: EnvState) -> TrainState:
-        """Fresh beliefs and an empty window for the episodes that `env_state` begins; all else continues."""
-        actor = first_actor(bind(self.graphdef, state.params, state.batch_stats), env_state)
-        weights, draws = (state.params, state.batch_stats), self.draw(state.key)
-        segment = jax.eval_shape(self.roll_out, *weights, actor, draws).segment
-        window = Window.empty(segment, self.config.bptt_segments)
-        measured = jax.eval_shape(lambda *x: measure(*self.gradient(*x)), *weights, actor, window, state.update, draws)
-        metrics = state.metrics or Metrics.empty(measured)
-        state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())
-        return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _untrained(self, agent_key: Array, train_key: Array) -> TrainState:
-        """Fresh weights and counters at 0, without environments."""
-        agent = make_agent(self.config, self.env, agent_key)
-        _, params, batch_stats = nnx.split(agent, nnx.Param, nnx.BatchStat)
-        none = jnp.zeros((), jnp.int32)
-        return TrainState(
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=self.optimizer.init(params),
-            actor=(),
-            window=(),
-            episodes=EpisodeStatistics.empty(self.env.num_envs),
-            metrics=(),
-            key=train_key,
-            update=none,
-            env_steps=jnp.zeros((), jnp.uint32),
-            skipped=none,
-            skipped_in_row=none,
-        )
-
-
-def make_learner(config, env: BatchedEnvironment, use: Choices | None = None) -> Learner:
-    """Training for a configuration in an environment; `use` are the choices, by default the back end's fastest.
-
-    Raises:
-        RunError: the agent's beliefs are not as `Agent` says.
-    """
-    use = use or choices.current()
-    agent = nnx.eval_shape(lambda: make_agent(config, env, jax.random.key(0)))
-    graphdef, *weights = nnx.split(agent, nnx.Param, nnx.BatchStat)
-    jax.eval_shape(lambda *states: agents.check(bind(graphdef, *states), env.num_envs), *weights)
-    return Learner(config, env, make_optimizer(config.optimizer), agent, graphdef, use, _fast_ways(use, agent))
-
-
-def _fast_ways(use: Choices, agent: Agent) -> dict[str, Any]:
-    """Those ways back through a window that are in use and fit the agent, as fields of `Backpropagation`."""
-    found = {}
-    if use.lineages:
-        from dvrl_jax.fast import lineages
-
-        if lineages.apply_to(agent):
-            found["through_recurrence"] = lineages.through_recurrence
-    if use.distinct:
-        from dvrl_jax.fast import distinct
-
-        if distinct.apply_to(agent):
-            found["through_encoder"] = distinct.through_encoder
-    return found
+    place = state.update % state.window.capacity
+    draws = learner.draw(jax.random.fold_in(state.key, state.update))
+    rollout = learner.roll_out(state.params, state.batch_stats, state.actor, draws)
+    # Put there before it is learned from: what is behind the earlier segments disturbs nobody, and as nobody reads the
+    # window of before any more, XLA need not copy it.
+    window = state.window.put(rollout.segment, place)
+    grads, outcome = learner.learn(state.params, state.batch_stats, rollout, window, place)
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
+    learned = (optax.apply_updates(state.params, updates), rollout.batch_stats, opt_state)
+    good = all_finite((outcome.losses["total"], optax.tree.norm(grads), learned))
+    known = (state.params, state.batch_stats, state.opt_state)
+    (params, batch_stats, opt_state), skipped_in_row = choices.current().select(
+        good, (learned, 0), (known, state.skipped_in_row + 1)
+    )
+    return TrainState(
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        actor=recover(bind(learner.graphdef, params, batch_stats), rollout.actor, ~good),
+        window=window.cut(place, ~good),
+        episodes=state.episodes.add(rollout.env),
+        metrics=state.metrics.add(measure(grads, outcome), good),
+        key=state.key,
+        update=state.update + 1,
+        env_steps=state.env_steps + jnp.sum(rollout.env.valid, dtype=jnp.uint32),
+        skipped=state.skipped + ~good,
+        skipped_in_row=skipped_in_row,
+    )

@@ -101,66 +101,47 @@ def value_of(agent: Agent, actor: Actor, noise: Any) -> Array:
     return agent.value(agent.features(belief))
 
 
-class Acted(NamedTuple):
-    """What one step leaves for learning: fields of `Rollout`, and of its segment, without the leading axis."""
-
-    timestep: Timestep
-    trace: Any
-    notes: RecurrenceNotes
-    score_notes: Notes
-    summary_notes: Notes
-    action: Array
-    env: EnvState
-    end_value: Array
-
-
 def act(
     graphdef: nnx.GraphDef,
     env: BatchedEnvironment,
     params: nnx.State,
     carry: tuple[Actor, nnx.State],
-    noise: Any,
-    next_noise: Any,
-    action_key: Array,
-    action: Array | None,
-    bootstrap_truncated: bool,
-) -> tuple[tuple[Actor, nnx.State], Acted]:
-    """One step: update the belief, choose an action, step the environments. See `roll_out`."""
+    draws: Draws,
+    next_noise: Any | None,
+) -> tuple[tuple[Actor, nnx.State], tuple[Segment, dict[str, Any]]]:
+    """One step: update the belief, choose an action, step the environments.
+
+    `draws` are one step's. With `next_noise`, where an episode is cut off the value of its last observation is kept.
+
+    Returns:
+        the carry (actor, batch_stats); and of the step, without leading axis, a segment and other fields of `Rollout`.
+    """
     actor, batch_stats = carry
     agent = bind(graphdef, params, batch_stats)
-    timestep = timestep_of(agent, actor)
-    belief = agent.restart(actor.belief, actor.is_first)
+    timestep, belief = timestep_of(agent, actor), agent.restart(actor.belief, actor.is_first)
 
     seen, encode_notes = recorded(agent.encode_observation)(timestep.obs)
     inputs, context_notes = recorded(agent.add_context)(seen, timestep)
-    trace = agent.sample_trace(belief, noise)
+    trace = agent.sample_trace(belief, draws.noise)
     step, advance_notes = recorded(agent.advance)(belief.carry, inputs, trace)
     scored, score_notes = recorded(agent.score)(step, inputs, trace, timestep)
     belief, _ = agent.check_score(step, scored)
     features, summary_notes = recorded(agent.features)(belief)
-    action = agent.policy(features).sample(seed=action_key) if action is None else action
+    action = agent.policy(features).sample(seed=draws.action_keys) if draws.action is None else draws.action
 
     outcome = env.step(actor.env, action)
     # A transition that ends an episode, or a call that delivered a new episode's first observation.
     is_first = outcome.done | ~outcome.valid
-    action_vector = agent.action_vector(action)
+    after = Actor(outcome._replace(final_obs=()), belief, agent.action_vector(action), is_first)
     end_value = jnp.zeros_like(outcome.reward)
-    if bootstrap_truncated:
-        last = Actor(outcome._replace(obs=outcome.final_obs), belief, action_vector, jnp.zeros_like(is_first))
+    if next_noise is not None:
+        last = after._replace(env=outcome._replace(obs=outcome.final_obs), is_first=jnp.zeros_like(is_first))
         value = value_of(bind(graphdef, params, batch_stats), last, next_noise)
         end_value = jnp.where(outcome.truncated, value, 0.0)
-    after = Actor(outcome._replace(final_obs=()), belief, action_vector, is_first)
-    acted = Acted(
-        timestep=timestep,
-        trace=trace,
-        notes=RecurrenceNotes(encode_notes, context_notes, advance_notes),
-        score_notes=score_notes,
-        summary_notes=summary_notes,
-        action=action,
-        env=outcome._replace(inner=(), obs=(), final_obs=()),
-        end_value=end_value,
-    )
-    return (after, nnx.state(agent, nnx.BatchStat)), acted
+    rest = {"score_notes": score_notes, "summary_notes": summary_notes, "action": action, "end_value": end_value}
+    rest["env"] = outcome._replace(inner=(), obs=(), final_obs=())
+    segment = Segment((), timestep, trace, RecurrenceNotes(encode_notes, context_notes, advance_notes))
+    return (after, nnx.state(agent, nnx.BatchStat)), (segment, rest)
 
 
 def roll_out(
@@ -177,24 +158,16 @@ def roll_out(
     Where an episode ends, its return ends with 0; with `bootstrap_truncated`, where it was cut off without having
     terminated, with the value of its last observation, by one more belief update (whose noise is the next step's).
     """
-    earlier, later = (jax.tree.map(lambda x, cut=cut: x[cut], draws.noise) for cut in (slice(-1), slice(1, None)))
-    xs = (earlier, later if bootstrap_truncated else (), draws.action_keys, draws.action)
-
-    def step(carry, x):
-        return act(graphdef, env, params, carry, *x, bootstrap_truncated)
-
-    carry = actor.belief.carry
-    (end, batch_stats), acted = choices.current().over_steps(step, (actor, batch_stats), xs)
+    cut = lambda *ends: jax.tree.map(lambda x: x[slice(*ends)], draws.noise)
+    xs = (draws._replace(noise=cut(-1)), cut(1, None) if bootstrap_truncated else None)
+    step = lambda carry, x: act(graphdef, env, params, carry, *x)
+    (end, batch_stats), (segment, rest) = choices.current().over_steps(step, (actor, batch_stats), xs)
     # The value of the latest observation, which the next segment takes in again, with new weights, as its first.
     last_noise = jax.tree.map(lambda x: x[-1], draws.noise)
     return Rollout(
         actor=end,
         batch_stats=batch_stats,
-        segment=Segment(carry, acted.timestep, acted.trace, acted.notes),
-        score_notes=acted.score_notes,
-        summary_notes=acted.summary_notes,
-        action=acted.action,
-        env=acted.env,
+        segment=segment._replace(carry=actor.belief.carry),
         bootstrap=value_of(bind(graphdef, params, batch_stats), end, last_noise),
-        end_value=acted.end_value,
+        **rest,
     )

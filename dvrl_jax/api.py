@@ -19,6 +19,7 @@ from dvrl_jax import a2c, acting, choices, envs
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.envs import BatchedEnvironment, Environment
 from dvrl_jax.errors import ConfigError, RunError
+from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import compilation, loop
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import evaluation
@@ -123,7 +124,7 @@ class Train:
 
     def __init__(self, config: ConfigDict, env: BatchedEnvironment):
         self.config, self.env = config, env
-        self._learner = a2c.make_learner(config, env)
+        self._learner = make_learner(config, env)
         self._program = compilation.jit(self._learner.run, config)
 
     def __call__(
@@ -191,8 +192,8 @@ class Train:
         return learner.run(state, rest) if rest else state, metrics
 
     @functools.cached_property
-    def _learner_for_seeds(self) -> a2c.Learner:
-        return a2c.make_learner(self.config, self.env, choices.current().for_seeds())
+    def _learner_for_seeds(self) -> Learner:
+        return make_learner(self.config, self.env, choices.current().for_seeds())
 
 
 class _Held:

@@ -95,13 +95,12 @@ class Backpropagation:
 
     def encode(self, params: nnx.State, segment: Segment) -> Any:
         """What was seen in a segment's steps: a pytree of [T, B, ...], see `Agent.encode_observation`."""
-        encode = self.agent_of(params).encode_observation
-        return self._again(encode, segment.notes.encode_observation)(segment.timesteps.obs)
+        encode = self._again(params, "encode_observation", segment.notes.encode_observation)
+        return encode(segment.timesteps.obs)
 
     def add_context(self, params: nnx.State, seen: Any, segment: Segment) -> Inputs:
         """The inputs of a segment's steps, from what was `seen` in them."""
-        add = self.agent_of(params).add_context
-        return self._again(add, segment.notes.add_context)(seen, segment.timesteps)
+        return self._again(params, "add_context", segment.notes.add_context)(seen, segment.timesteps)
 
     def recur(self, params: nnx.State, carry: Any, seen: Any, segment: Segment) -> tuple[Any, Inputs, Any]:
         """The recurrence of a segment, from a carry [B, ...] and what was `seen`.
@@ -155,9 +154,11 @@ class Backpropagation:
             grads, _, seen_grads = jax.lax.fori_loop(0, place, through_earlier, (grads, carry_grad, seen_grads))
         return through_encoder(self, params, window, place, grads, seen_grads)
 
-    def _again(self, verb: Callable, notes: Notes) -> Callable:
-        """A verb for several steps [T, B, ...] at once, as `past` says."""
-        return jax.vmap(verb) if self.past == "recomputed" else replayed(verb, notes)
+    def _again(self, params: nnx.State, verb: str, notes: Notes) -> Callable:
+        """An agent's verb for several steps [T, B, ...] at once, as `past` says."""
+        if self.past == "recomputed":
+            return jax.vmap(lambda *arguments: getattr(self.agent_of(params), verb)(*arguments))
+        return replayed(getattr(self.agent_of(params), verb), notes)
 
 
 def at(segments: Segment, place: Array) -> Segment:

@@ -194,7 +194,7 @@ class Normal(Layer):
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Maps x [..., inputs] to (mean, variance), each [..., features]."""
         mean = notes.note(self.mean(x=x), self.named("mean"))
-        return mean, notes.note_activation(self.var(x=x), SOFTPLUS, self.named("var")) + VARIANCE_FLOOR
+        return mean, notes.note(self.var(x=x), self.named("var"), SOFTPLUS) + VARIANCE_FLOOR
 
 
 class GRUCell(Layer):
@@ -230,9 +230,9 @@ class GRUCell(Layer):
         """Returns the next h [..., H] from h [..., H] and the input's `product` [..., 3H]."""
         r_i, z_i, n_i = jnp.split(product + self.bias_i[...], 3, axis=-1)
         r_h, z_h, n_h = jnp.split(matmul(h, self.kernel_h[...]) + self.bias_h[...], 3, axis=-1)
-        r = notes.note_activation(r_i + r_h, SIGMOID, self.named("r"))
-        z = notes.note_activation(z_i + z_h, SIGMOID, self.named("z"))
-        n = notes.note_activation(n_i + r * notes.note(n_h, self.named("n_h")), TANH, self.named("n"))
+        r = notes.note(r_i + r_h, self.named("r"), SIGMOID)
+        z = notes.note(z_i + z_h, self.named("z"), SIGMOID)
+        n = notes.note(n_i + r * notes.note(n_h, self.named("n_h")), self.named("n"), TANH)
         return n + z * (h - n)
 
 

@@ -57,43 +57,43 @@ class Activation(NamedTuple):
 SIGMOID = Activation(jax.nn.sigmoid, lambda y: y * (1.0 - y))
 TANH = Activation(jnp.tanh, lambda y: 1.0 - jnp.square(y))
 SOFTPLUS = Activation(jax.nn.softplus, lambda y: -jnp.expm1(-y))
+IDENTITY = Activation(lambda x: x, lambda y: 1.0)
 
 
-def note(x: Array, name: str) -> Array:
-    """x [B, ...]; in a replay its noted value, with x's gradient.
+def note(x: Array, name: str, activation: Activation = IDENTITY) -> Array:
+    """activation.value(x), of x [B, ...]; in a replay the noted value.
+
+    A replay then needs neither x nor the activation, whose slope comes from the note.
 
     Raises:
         NoteError: the name is taken already, or, in a replay, there is no such note or it has another shape.
     """
-    pad = _current.get()
-    return x if pad is None else pad.row(name, x, lambda x: x, _recall)
-
-
-def note_activation(x: Array, activation: Activation, name: str) -> Array:
-    """activation.value(x); in a replay neither x nor the function is computed: values and slopes come from the note.
-
-    Raises:
-        NoteError: as `note`.
-    """
-    pad = _current.get()
-    if pad is None:
-        return activation.value(x)
-    return pad.row(name, x, activation.value, functools.partial(_recall_activation, activation))
+    pad = _pad.get()
+    if not isinstance(pad, _Replay):
+        value = activation.value(x)
+        return value if pad is None else pad.put(pad.notes.rows, name, value)
+    noted = pad.take(pad.notes.rows, name)
+    if noted.shape != jnp.shape(x):
+        raise NoteError(f"note {name!r}: has shape {noted.shape}, and {jnp.shape(x)} when learning")
+    return _recall(x, noted) if activation is IDENTITY else _recall_activation(activation, x, noted)
 
 
 def note_statistic(compute: Callable[[], Array], name: str) -> Array:
     """What `compute` returns for a batch, as a constant; in a replay what it returned at the time of acting.
 
     Raises:
-        NoteError: as `note`.
+        NoteError: as `note`, but for shapes.
     """
-    pad = _current.get()
-    return jax.lax.stop_gradient(compute()) if pad is None else pad.statistic(name, compute)
+    pad = _pad.get()
+    if isinstance(pad, _Replay):
+        return pad.take(pad.notes.batch, name)
+    value = jax.lax.stop_gradient(compute())
+    return value if pad is None else pad.put(pad.notes.batch, name, value)
 
 
 def is_replay() -> bool:
     """Whether values come from notes now."""
-    return isinstance(_current.get(), _Replay)
+    return isinstance(_pad.get(), _Replay)
 
 
 def batch_means() -> Array | None:
@@ -101,22 +101,18 @@ def batch_means() -> Array | None:
 
     None where all rows of a step are a batch.
     """
-    pad = _current.get()
-    return pad.batch_means if isinstance(pad, _Replay) else None
+    return getattr(_pad.get(), "batch_means", None)
 
 
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
     """Within it, names begin with this one and a dot: for a layer that is called twice."""
-    pad = _current.get()
-    before = "" if pad is None else pad.prefix
-    if pad is not None:
-        pad.prefix = f"{before}{name}."
+    pad = _pad.get() or _Recording()
+    before, pad.prefix = pad.prefix, f"{pad.prefix}{name}."
     try:
         yield
     finally:
-        if pad is not None:
-            pad.prefix = before
+        pad.prefix = before
 
 
 def scan(name: str, step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
@@ -124,12 +120,13 @@ def scan(name: str, step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: 
 
     The notes of all steps are kept as arrays [B, K, F].
     """
-    pad = _current.get()
-    loop = choices.current().over_particles
+    pad, loop = _pad.get(), choices.current().over_particles
     if pad is None:
         return loop(step, init, xs)
     if isinstance(pad, _Replay):
-        notes = {inner: jnp.moveaxis(x, -2, 0) for inner, x in pad.take_group(name).items()}
+        start = f"{pad.prefix}{name}/"
+        names = [x.removeprefix(start) for x in pad.notes.rows if x.startswith(start)]
+        notes = {x: jnp.moveaxis(pad.take(pad.notes.rows, f"{name}/{x}"), -2, 0) for x in names}
         return loop(lambda carry, x: replayed(step, Notes(x[1], {}))(carry, x[0]), init, (xs, notes))
 
     def noted(carry, x):
@@ -137,7 +134,8 @@ def scan(name: str, step: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: 
         return carry, (y, notes.rows)
 
     carry, (ys, notes) = loop(noted, init, xs)
-    pad.put_group(name, {inner: jnp.moveaxis(x, 0, -2) for inner, x in notes.items()})
+    for inner, x in notes.items():
+        pad.put(pad.notes.rows, f"{name}/{inner}", jnp.moveaxis(x, 0, -2))
     return carry, ys
 
 
@@ -147,11 +145,8 @@ def recorded(function: Callable) -> Callable[..., tuple[Any, Notes]]:
     @functools.wraps(function)
     def record(*arguments):
         pad = _Recording()
-        token = _current.set(pad)
-        try:
-            return function(*arguments), Notes(pad.rows, pad.batch)
-        finally:
-            _current.reset(token)
+        with pad.in_use():
+            return function(*arguments), pad.notes
 
     return record
 
@@ -166,11 +161,8 @@ def replayed(function: Callable, notes: Notes, batch_means: Array | None = None)
     @functools.wraps(function)
     def replay(*arguments):
         pad = _Replay(notes, batch_means)
-        token = _current.set(pad)
-        try:
+        with pad.in_use():
             result = function(*arguments)
-        finally:
-            _current.reset(token)
         if left := sorted(pad.left):
             raise NoteError(f"note {left[0]!r}: was taken while acting, and is not asked for when learning")
         return result
@@ -178,64 +170,43 @@ def replayed(function: Callable, notes: Notes, batch_means: Array | None = None)
     return replay
 
 
-class _Recording:
-    """Takes notes. Keys are unique."""
+class _Pad:
+    """Where notes are put or taken from."""
 
+    def __init__(self, notes: Notes):
+        self.notes, self.prefix = notes, ""
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        token = _pad.set(self)
+        try:
+            yield
+        finally:
+            _pad.reset(token)
+
+
+class _Recording(_Pad):
     def __init__(self):
-        self.rows: dict[str, Array] = {}
-        self.batch: dict[str, Array] = {}
-        self.prefix = ""
-        self._trace = TraceState()
+        super().__init__(Notes({}, {}))
+        self.trace = TraceState()
 
-    def row(self, name: str, x: Array, value: Callable, recall: Callable) -> Array:
-        del recall
-        x = value(x)
-        self._put(self.rows, name, x)
-        return x
-
-    def statistic(self, name: str, compute: Callable[[], Array]) -> Array:
-        value = jax.lax.stop_gradient(compute())
-        self._put(self.batch, name, value)
-        return value
-
-    def put_group(self, name: str, notes: dict[str, Array]) -> None:
-        for inner, x in notes.items():
-            self._put(self.rows, f"{name}/{inner}", x)
-
-    def _put(self, notes: dict[str, Array], name: str, x: Array) -> None:
+    def put(self, notes: dict[str, Array], name: str, x: Array) -> Array:
         name = self.prefix + name
-        if name in self.rows or name in self.batch:
+        if name in self.notes.rows or name in self.notes.batch:
             raise NoteError(f"note {name!r}: is taken twice; tell the two apart with notes.scope")
-        if not self._trace.is_valid():
+        if not self.trace.is_valid():
             raise NoteError(f"note {name!r}: is taken inside a loop or transformation of JAX's; use notes.scan")
         notes[name] = jax.lax.stop_gradient(x)
+        return x
 
 
-class _Replay:
-    """Answers with notes, each once."""
-
+class _Replay(_Pad):
     def __init__(self, notes: Notes, batch_means: Array | None):
-        self.notes, self.batch_means = notes, batch_means
-        self.left = {*notes.rows, *notes.batch}
-        self.prefix = ""
+        super().__init__(notes)
+        self.batch_means, self.left = batch_means, {*notes.rows, *notes.batch}
 
-    def row(self, name: str, x: Array, value: Callable, recall: Callable) -> Array:
-        del value
-        noted = self._take(self.notes.rows, name)
-        if noted.shape != jnp.shape(x):
-            raise NoteError(f"note {self.prefix + name!r}: has shape {noted.shape}, and {jnp.shape(x)} when learning")
-        return recall(x, noted)
-
-    def statistic(self, name: str, compute: Callable[[], Array]) -> Array:
-        del compute
-        return self._take(self.notes.batch, name)
-
-    def take_group(self, name: str) -> dict[str, Array]:
-        start = f"{self.prefix}{name}/"
-        return {x[len(start) :]: self._take(self.notes.rows, x, "") for x in self.notes.rows if x.startswith(start)}
-
-    def _take(self, notes: dict[str, Array], name: str, prefix: str | None = None) -> Array:
-        name = (self.prefix if prefix is None else prefix) + name
+    def take(self, notes: dict[str, Array], name: str) -> Array:
+        name = self.prefix + name
         if name not in notes:
             raise NoteError(f"note {name!r}: is asked for when learning, and was not taken while acting")
         if name not in self.left:
@@ -244,7 +215,7 @@ class _Replay:
         return notes[name]
 
 
-_current: contextvars.ContextVar[_Recording | _Replay | None] = contextvars.ContextVar("notes", default=None)
+_pad: contextvars.ContextVar[_Recording | _Replay | None] = contextvars.ContextVar("notes", default=None)
 
 
 @jax.custom_vjp

@@ -25,6 +25,7 @@ from dvrl_jax import particle_filter as pf
 from dvrl_jax.acting import Actor
 from dvrl_jax.agents import Agent, bind
 from dvrl_jax.errors import RunError
+from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import command_line, markdown, process
 from dvrl_jax.viewing import evaluation, playing
 
@@ -44,7 +45,7 @@ def gradients_by_loss(config, env, params, batch_stats, actor, window, place, dr
     def gradient(coefs: Array) -> tuple[nnx.State, a2c.Outcome]:
         loss = types.SimpleNamespace(**config.loss.to_dict() | dict(zip(LOSSES, coefs, strict=True)))
         varied = types.SimpleNamespace(**dict(config.items()) | {"loss": loss})
-        return a2c.make_learner(varied, env).gradient(params, batch_stats, actor, window, place, draws)
+        return make_learner(varied, env).gradient(params, batch_stats, actor, window, place, draws)
 
     rows = np.diag([float(config.loss[name]) for name in LOSSES]).astype(np.float32)
     grads, outcomes = jax.lax.map(gradient, jnp.asarray(rows))
@@ -131,7 +132,7 @@ def causes(path: Path, updates: int, checkpoint: str, seed: int) -> dict[str, An
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     agent.use_running_average = False  # As training sees it.
     graphdef, params, batch_stats = nnx.split(agent, nnx.Param, nnx.BatchStat)
-    learner = a2c.make_learner(config, env)
+    learner = make_learner(config, env)
     state = learner.init(jax.random.PRNGKey(seed))
 
     def advance(carry: tuple, x: tuple) -> tuple[tuple, dict[str, Array]]:

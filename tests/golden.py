@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from configs import default
-from dvrl_jax import a2c
+from dvrl_jax import a2c, acting
 from dvrl_jax.agents import dvrl
 from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
@@ -37,10 +37,11 @@ class Recording(BatchedEnvironment):
 class Golden:
     """One golden file, with everything needed to compute its numbers again.
 
-    In `dtype` float64 (under `jax.enable_x64`) the same numbers are computed in double precision.
+    `use` are the choices of its learner. In `dtype` float64 (under `jax.enable_x64`) the same numbers are computed in
+    double precision.
     """
 
-    def __init__(self, path: Path, dtype=np.float32):
+    def __init__(self, path: Path, dtype=np.float32, use=None):
         self.dtype = dtype
         with np.load(path) as file:
             self.data = {name: file[name] for name in file.files}
@@ -57,8 +58,8 @@ class Golden:
         action = ActionSpec(discrete, self.sizes["num_actions"] if discrete else self.sizes["action_dim"])
         self.env = Recording(obs, self.data["reward"], self.data["not_done"] == 0, action)
         self.config = self._config()
-        self.learner = a2c.make_learner(self.config, self.env)
-        self.agent = a2c.make_agent(self.config, self.env, jax.random.PRNGKey(0))
+        self.learner = a2c.make_learner(self.config, self.env, use)
+        self.agent = acting.make_agent(self.config, self.env, jax.random.PRNGKey(0))
         nnx.update(self.agent, jax.tree.map(lambda x: x.astype(dtype), nnx.state(self.agent)))
         from_original(self.agent, self.params("param/"))
 
@@ -87,7 +88,7 @@ class Golden:
         _, params, batch_stats = nnx.split(self.agent, nnx.Param, nnx.BatchStat)
         return state._replace(params=params, batch_stats=batch_stats)
 
-    def draws(self, segment: int) -> a2c.Draws:
+    def draws(self, segment: int) -> acting.Draws:
         """The recorded draws and actions of a segment."""
         num_steps = self.sizes["num_steps"]
         steps = slice(segment * num_steps, (segment + 1) * num_steps)
@@ -95,9 +96,9 @@ class Golden:
         action = jnp.asarray(self.data["action"][steps])
         if self.env.action.discrete:
             action = action[..., 0].astype(jnp.int32)
-        return a2c.Draws(self._belief_draws(segment, steps) if self.is_dvrl else (), keys, action)
+        return acting.Draws(self._belief_draws(segment, steps) if self.is_dvrl else (), keys, action)
 
     def _belief_draws(self, segment, steps):
         u = np.concatenate([self.data["u"][steps], self.data[f"bootstrap{segment}/u"][None]])
         eps = np.concatenate([self.data["eps_z"][steps], self.data[f"bootstrap{segment}/eps_z"][None]])
-        return dvrl.Draws(jnp.asarray(u[..., 0]), jnp.asarray(eps))
+        return dvrl.Noise(jnp.asarray(u[..., 0]), jnp.asarray(eps))

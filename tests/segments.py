@@ -7,12 +7,12 @@ import numpy as np
 from dvrl_jax import a2c
 
 
-def last_gradient(config, env, segments):
+def last_gradient(config, env, segments, use=None):
     """The gradient of the last of some segments, with weights that changed in between; and the outcomes of all.
 
-    To be called with 64-bit numbers enabled.
+    `use` are the choices, the back end's by default. To be called with 64-bit numbers enabled.
     """
-    learner = a2c.make_learner(config, env)
+    learner = a2c.make_learner(config, env, use)
     state = learner.init(jax.random.PRNGKey(0))
     double = lambda tree: jax.tree.map(
         lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
@@ -23,8 +23,8 @@ def last_gradient(config, env, segments):
     gradient, outcomes = jax.jit(learner.gradient), []
     for segment in range(segments):
         draws = learner.draw(jax.random.PRNGKey(segment))
-        grads, outcome = gradient(params, stats, actor, window, draws)
-        actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
+        grads, outcome = gradient(params, stats, actor, window, segment, draws)
+        actor, window = outcome.rollout.actor, window.put(outcome.rollout.segment, segment)
         params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
         outcomes.append(outcome)
     return grads, outcomes

@@ -1,21 +1,33 @@
 """Truncated backpropagation through time: the gradient that training uses against plain autodiff of the window."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dvrl_jax import a2c, bptt
 from dvrl_jax.agents import bind
+from dvrl_jax.choices import Choices
 from dvrl_jax.envs import ActionSpec
+from dvrl_jax.learner import make_learner
+from tests import toy  # noqa: F401 (it is found by its name)
 from tests.golden import Recording
 from tests.tiny import tiny_config
 
 NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
-# Beliefs by name, with a policy (categorical or gaussian) and with batch norm or without.
-CASES = ["dvrl-categorical-bn", "rnn-gaussian"]
+# Beliefs by name, with a policy (categorical or gaussian). After that: batch norm (bn), one particle (one), lineages not
+# in use (whole).
+CASES = [
+    "dvrl-categorical-bn",
+    "dvrl-gaussian",
+    "dvrl-gaussian-whole",
+    "dvrl-categorical-one",
+    "rnn-gaussian",
+    "toy-categorical",
+]
 
 
 def recorded_episodes(discrete: bool) -> Recording:
@@ -46,12 +58,12 @@ def window_of(learner, state, num_segments):
     """Acts for `num_segments` segments with fixed weights; returns what each did, and the windows."""
     gradient = jax.jit(learner.gradient)
     actor, window, results, windows = state.actor, state.window, [], []
-    for segment in range(num_segments):
-        draws = learner.draw(jax.random.PRNGKey(segment))
-        grads, outcome = gradient(state.params, state.batch_stats, actor, window, draws)
+    for place in range(num_segments):
+        draws = learner.draw(jax.random.PRNGKey(place))
+        grads, outcome = gradient(state.params, state.batch_stats, actor, window, place, draws)
         windows.append((actor, window, draws))
         results.append((grads, outcome, draws))
-        actor, window = outcome.rollout.actor, window.push(outcome.rollout.segment)
+        actor, window = outcome.rollout.actor, window.put(outcome.rollout.segment, place)
     return results, windows
 
 
@@ -64,24 +76,22 @@ def unrolled_loss(params, agent, config, env, results, first):
         segment, draws = segments[index], results[index][2]
         if index == first:
             belief = jax.lax.stop_gradient(belief)
-        outputs = []
+        outputs, losses = [], []
         for t in range(NUM_STEPS):
             step_agent = bind(graphdef, params, stats)
-            belief = step_agent.restart(belief, segment.fresh[t])
-            inputs = step_agent.encode(segment.obs[t], segment.prev_action[t])
-            belief, info = step_agent.update(
-                belief, inputs, segment.obs[t], jax.tree.map(lambda x, t=t: x[t], draws.belief)
-            )
+            timestep = jax.tree.map(lambda x, t=t: x[t], segment.timesteps)
+            belief = step_agent.restart(belief, timestep.is_first)
+            belief, info = step_agent.update(belief, timestep, jax.tree.map(lambda x, t=t: x[t], draws.noise))
             policy, value = step_agent.heads(belief)
             action = policy.sample(seed=draws.action_keys[t])
-            outputs.append(
-                (value, policy.log_prob(jax.lax.stop_gradient(action)), policy.entropy(), info.encoding_loss)
-            )
-    value, log_prob, entropy, encoding = (jnp.stack(x) for x in zip(*outputs, strict=True))
+            outputs.append((value, policy.log_prob(jax.lax.stop_gradient(action)), policy.entropy()))
+            losses.append(info.losses)
+    value, log_prob, entropy = (jnp.stack(x) for x in zip(*outputs, strict=True))
     advantage = results[-1][1].returns - value
     c = config.loss
     loss = c.value_coef * jnp.mean(advantage**2) - jnp.mean(jax.lax.stop_gradient(advantage) * log_prob)
-    return loss - c.entropy_coef * jnp.mean(entropy) + c.encoding_coef * jnp.mean(encoding)
+    loss -= c.entropy_coef * jnp.mean(entropy)
+    return loss + sum(c[f"{name}_coef"] * jnp.mean(jnp.stack([x[name] for x in losses])) for name in agent.losses)
 
 
 def relative_difference(a, b):
@@ -92,10 +102,12 @@ def relative_difference(a, b):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    algorithm, policy, *norm = request.param.split("-")
+    algorithm, policy, *more = request.param.split("-")
     env = recorded_episodes(policy == "categorical")
-    config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm=bool(norm))
-    learner = a2c.make_learner(config, env)
+    config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm="bn" in more)
+    config.model.num_particles = 1 if "one" in more else 3
+    learner = make_learner(config, env, Choices(lineages="whole" not in more))
+    assert ("through_recurrence" in learner.way_back) == (request.param == "dvrl-gaussian")
     state = learner.init(jax.random.PRNGKey(3))
     state = state._replace(params=off_the_kink(state.params))
     results, windows = window_of(learner, state, MOST_SEGMENTS)
@@ -103,16 +115,25 @@ def case(request):
     return config, env, learner, state, agent, results, windows
 
 
+def shortened(window, segments):
+    """The window, as if it had started later: of its earlier segments the last `segments` only."""
+    kept = MOST_SEGMENTS - 1 - segments
+    return window._replace(segments=jax.tree.map(lambda x: jnp.roll(x, -kept, axis=0), window.segments)), segments
+
+
 @pytest.mark.parametrize("num_segments", [1, 2, 5])
 def test_gradient_equals_autodiff_through_the_unrolled_window(case, num_segments):
     config, env, learner, state, agent, results, windows = case
     actor, window, draws = windows[-1]
-    # A window of fewer segments is one that started later: only its own segments are filled.
-    kept = MOST_SEGMENTS - num_segments
-    shorter = bptt.Window(jax.tree.map(lambda x: jnp.roll(x, -kept, axis=0), window.segments), window.length - kept)
-    actual, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
-    expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, kept)))(state.params)
+    shorter, place = shortened(window, num_segments - 1)
+    actual, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, place, draws)
+    first = MOST_SEGMENTS - num_segments
+    expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, first)))(state.params)
     assert relative_difference(actual, expected) < 1e-5
+    # A window of which the earlier segments were cut off is one that started later.
+    cut = window.cut(first - 1, True)
+    same, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, cut, MOST_SEGMENTS - 1, draws)
+    assert relative_difference(same, expected) < 1e-5
 
 
 def test_gradient_differs_when_a_segment_is_left_out(case):
@@ -121,33 +142,51 @@ def test_gradient_differs_when_a_segment_is_left_out(case):
     full = results[-1][0]
     previous = None
     for length in range(MOST_SEGMENTS - 1):
-        missing = MOST_SEGMENTS - 1 - length
-        segments = jax.tree.map(lambda x, n=missing: jnp.roll(x, -n, axis=0), window.segments)
-        shorter = bptt.Window(segments, jnp.int32(length))
-        partial, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, draws)
+        shorter, place = shortened(window, length)
+        partial, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, place, draws)
         difference = relative_difference(partial, full)
         assert difference > 1e-4
         assert previous is None or difference < previous * 1.5
         previous = difference
 
 
+def test_recomputed_activations_are_those_of_acting_as_long_as_the_weights_are(case):
+    """`past = "recomputed"`: the same gradient under fixed weights, another one once they have changed."""
+    _, _, learner, state, _, results, windows = case
+    actor, window, draws = windows[-1]
+    recomputing = dataclasses.replace(learner, way_back={"past": "recomputed"})
+    place, full = MOST_SEGMENTS - 1, results[-1][0]
+    grads, _ = jax.jit(recomputing.gradient)(state.params, state.batch_stats, actor, window, place, draws)
+    assert relative_difference(grads, full) < 1e-5
+    moved = jax.tree.map(lambda x: 1.1 * x, state.params)
+    both = [
+        jax.jit(each.gradient)(moved, state.batch_stats, actor, window, place, draws)[0]
+        for each in (learner, recomputing)
+    ]
+    assert relative_difference(*both) > 1e-3
+
+
 def test_window_fills_and_starts_anew(case):
     _, _, learner, _, _, results, _ = case
-    window = learner.init(jax.random.PRNGKey(0)).window
-    lengths = []
-    for _ in range(2 * MOST_SEGMENTS):
-        lengths.append(int(window.length))
-        window = window.push(results[0][1].rollout.segment)
-    assert lengths == [0, 1, 2, 3, 4] * 2
+    window, segment = learner.init(jax.random.PRNGKey(0)).window, results[0][1].rollout.segment
+    for update in range(2 * MOST_SEGMENTS):
+        place = update % MOST_SEGMENTS
+        marked = jax.tree.map(lambda x, n=update: jnp.full_like(x, n), segment)
+        window = window.put(marked, place)
+        found = [int(x) for x in window.segments.timesteps.prev_reward[:, 0, 0]]
+        assert found[: place + 1] == list(range(update - place, update + 1))
+        assert int(window.first) == 0
+    assert int(window.cut(2, True).first) == 3 and int(window.cut(2, False).first) == 0
+    assert int(window.cut(2, True).put(segment, 3).first) == 3 and int(window.cut(2, True).put(segment, 0).first) == 0
 
 
 def test_no_gradient_crosses_the_start_of_an_episode():
     """If all episodes end between two segments, earlier segments add nothing."""
     env = recorded_episodes(discrete=True)
     env.done = env.done.at[NUM_STEPS - 1].set(True)
-    learner = a2c.make_learner(tiny_config("dvrl"), env)
+    learner = make_learner(tiny_config("dvrl"), env)
     state = learner.init(jax.random.PRNGKey(0))
     results, windows = window_of(learner, state, 2)
     actor, window, draws = windows[-1]
-    alone, _ = learner.gradient(state.params, state.batch_stats, actor, window._replace(length=jnp.int32(0)), draws)
+    alone, _ = learner.gradient(state.params, state.batch_stats, actor, window, 0, draws)
     assert relative_difference(results[-1][0], alone) < 1e-6

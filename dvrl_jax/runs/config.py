@@ -73,8 +73,8 @@ def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]
         for name, kind in kinds.items():
             if names is None or name in names:
                 yield from ((name, group, setting, value) for setting, value in kind.settings.items())
-                for loss, coef in getattr(kind, "losses", {}).items():
-                    yield name, "loss", f"{loss}_coef", float(coef)
+                losses = kind.losses.items() if group == "model" else ()
+                yield from ((name, "loss", f"{loss}_coef", float(value)) for loss, value in losses)
 
 
 def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:

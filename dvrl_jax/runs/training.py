@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import a2c, envs, networks
 from dvrl_jax.errors import ConfigError, RunError
+from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import reconstructions
@@ -74,7 +75,7 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
         env = envs.make_env(config.env, config.num_envs, seed)
-        learner = a2c.make_learner(config, env)
+        learner = make_learner(config, env)
         with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
             state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
         _describe(run, config, state)
@@ -93,7 +94,7 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
         return writer.train(_compile(learner, config, state, env.restorable, use_cache), state)
 
 
-def _compile(learner: a2c.Learner, config: ConfigDict, state: a2c.TrainState, restorable: bool, use_cache: bool):
+def _compile(learner: Learner, config: ConfigDict, state: a2c.TrainState, restorable: bool, use_cache: bool):
     """The compiled program for `learner.run`, ready to be called.
 
     Ahead of the first call, so that compile time is known as such and no step is taken by it. There is nothing to save
@@ -128,7 +129,7 @@ def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: a2c.Tr
 class _Writer:
     """Writes log lines, checkpoints and reconstructions of a run between the calls of the compiled program."""
 
-    def __init__(self, run, config, learner: a2c.Learner, saver, with_episodes: bool, wall_time: float):
+    def __init__(self, run, config, learner: Learner, saver, with_episodes: bool, wall_time: float):
         self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
         self.wall_time_before, self.start = wall_time, time.monotonic()
