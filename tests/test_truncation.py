@@ -75,20 +75,17 @@ def test_a_time_limit_is_bootstrapped_from_where_that_is_set(algorithm, bootstra
 
 def check_first_end_value(learner, state, draws, rollout, truncated, value):
     """It is V after the cut-off episode's last observation, which the next episode's first has replaced in `obs`."""
+    at = lambda tree, step: jax.tree.map(lambda x: x[step], tree)
     t, env = next(zip(*np.nonzero(truncated), strict=True))
     actor = state.actor
     for step in range(t + 1):
         agent = bind(learner.graphdef, state.params, state.batch_stats)
-        at = lambda step: jax.tree.map(lambda x: x[step], draws.noise)
-        belief, _ = agent.update(
-            agent.restart(actor.belief, actor.is_first),
-            jax.tree.map(lambda x: x[step], rollout.segment.timesteps),
-            at(step),
-        )
+        before = agent.restart(actor.belief, actor.is_first)
+        belief, _ = agent.update(before, at(rollout.segment.timesteps, step), at(draws.noise, step))
         outcome = learner.env.step(actor.env, rollout.action[step])
         actor = actor._replace(
             env=outcome, belief=belief, prev_action=agent.action_vector(rollout.action[step]), is_first=outcome.done
         )
     assert actor.env.final_obs[env, 0] == 4 and actor.env.obs[env, 0] == 0
     last = actor._replace(env=actor.env._replace(obs=actor.env.final_obs), is_first=jnp.zeros_like(actor.is_first))
-    np.testing.assert_allclose(value_of(agent, last, at(t + 1))[env], value[t, env], rtol=1e-5)
+    np.testing.assert_allclose(value_of(agent, last, at(draws.noise, t + 1))[env], value[t, env], rtol=1e-5)
