@@ -189,7 +189,8 @@ class Train:
 
         lines, rest = divmod(operator.index(num_updates), every)
         state, metrics = jax.lax.scan(to_next_line, learner.init(key), None, length=lines)
-        return learner.run(state, rest), metrics
+        # The update is compiled a second time for a rest.
+        return learner.run(state, rest) if rest else state, metrics
 
     @functools.cached_property
     def _learner_for_seeds(self) -> Learner:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvrl_jax.errors import ConfigError
+from dvrl_jax import agents, discovery
+from dvrl_jax.errors import ConfigError, DiscoveryError
 from dvrl_jax.runs import command_line
 from dvrl_jax.runs import config as config_lib
 
@@ -107,6 +108,39 @@ def test_stored_configurations_are_checked():
             config_lib.merge(values)
     merged = config_lib.merge({"model.channels": [1, 2, 3], "loss.gamma": 1})
     assert merged.model.channels == (1, 2, 3) and merged.loss.gamma == 1.0
+
+
+def test_a_belief_has_a_coefficient_for_each_of_its_losses(monkeypatch):
+    class Lossy(agents.RNN):
+        name, losses = None, {"encoding": 0.0, "size": 1}
+
+    monkeypatch.setattr(agents, "named", lambda: {"rnn": agents.RNN, "lossy": Lossy})
+    config = config_lib.from_fields({"algorithm": "lossy"})
+    assert type(config.loss.size_coef) is float and config.loss.size_coef == 1.0
+    assert config_lib.from_fields({"algorithm": "lossy", "loss.size_coef": 0.5}).loss.size_coef == 0.5
+    assert "size_coef" not in config_lib.from_fields({"algorithm": "rnn"}).loss
+    with pytest.raises(ConfigError, match=r"^loss.size_coef = -1.0: must be at least 0"):
+        config_lib.from_fields({"algorithm": "lossy", "loss.size_coef": -1})
+    with pytest.raises(ConfigError, match=r"^loss.size_coef: there is no such field"):
+        config_lib.from_fields({"algorithm": "rnn", "loss.size_coef": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"value": 0.5}, "has the loss 'value', which every agent has; give it another name"),
+        ({"size": -1.0}, "has the loss 'size' with the coefficient -1.0, which must be a number, at least 0"),
+        ({"size": "1"}, "has the loss 'size' with the coefficient '1', which must be a number"),
+    ],
+)
+def test_losses_have_names_of_their_own_and_possible_coefficients(losses, message, monkeypatch):
+    class Lossy(agents.RNN):
+        name = None
+
+    Lossy.losses = losses
+    monkeypatch.setattr(discovery, "named", lambda base, package: {"lossy": Lossy})
+    with pytest.raises(DiscoveryError, match=message):
+        agents.named()
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -110,7 +110,11 @@ def test_statistics_are_constants_and_those_of_acting():
 @pytest.mark.parametrize(
     ("acted", "learned", "message"),
     [
-        (lambda x: x, lambda x: note(x, "new"), r"note 'new': is asked for when learning, and was not taken while acting"),
+        (
+            lambda x: x,
+            lambda x: note(x, "new"),
+            r"note 'new': is asked for when learning, and was not taken while acting",
+        ),
         (lambda x: note(x, "old"), lambda x: x, r"note 'old': was taken while acting, and is not asked for"),
         (lambda x: note(x, "a"), lambda x: note(x[:2], "a"), r"note 'a': has shape \(3,\), and \(2,\) when learning"),
         (lambda x: note(x, "a"), lambda x: note(note(x, "a"), "a"), r"note 'a': is asked for twice"),

@@ -78,7 +78,10 @@ def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]
 
 
 def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
-    """The default configuration and what environments and belief models of these names (None: all) can set besides."""
+    """The default configuration and what environments and belief models of these names (None: all) can set besides.
+
+    A belief model can set a coefficient, `loss.<name>_coef`, for each of its losses.
+    """
     config = default_config()
     for _, group, setting, value in _settings(names):
         if setting not in config[group]:
