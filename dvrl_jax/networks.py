@@ -28,7 +28,9 @@ Array = jax.Array
 
 def orthogonal(key: Array, rows: int, columns: int, gain: float) -> Array:
     """Draws a matrix [rows, columns] with orthonormal rows or columns (whichever are fewer), times `gain`."""
-    return jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
+    # Under vmap one after the other: decomposing a batch of matrices waits for ever on a CPU of two threads (JAX 0.10).
+    draw = lambda key: jax.nn.initializers.orthogonal(gain)(key, (rows, columns), jnp.float32)
+    return jax.custom_batching.sequential_vmap(draw)(key)
 
 
 class Layer(nnx.Module):

@@ -1,5 +1,6 @@
 """Layers against NumPy transcriptions; initialisation; the number of parameters."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -310,3 +311,15 @@ def test_number_of_parameters_on_pong_is_the_originals():
     env = stand_in((84, 84, 1), jnp.uint8, True, 6)
     agent = nnx.eval_shape(lambda: make_agent(pong_dvrl.get_config(), env, jax.random.key(0)))
     assert networks.count_parameters(nnx.state(agent, nnx.Param)) == 4_336_264
+
+
+def test_orthogonal_matrices_under_vmap_are_those_drawn_alone_one_after_the_other():
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    draw = lambda key: networks.orthogonal(key, 6, 4, 2.0)
+    many = jax.jit(jax.vmap(draw))(keys)
+    for key, matrix in zip(keys, many, strict=True):
+        np.testing.assert_allclose(matrix, draw(key), rtol=1e-5, atol=1e-6)
+    # A decomposition of a batch of them waits for ever on a CPU of two threads (JAX 0.10.2).
+    program = str(jax.make_jaxpr(jax.vmap(draw))(keys))
+    assert "scan[" in program and " = qr[" in program
+    assert not re.search(r"\[3,\d+,\d+\] = qr\[", program)
