@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from dvrl_jax.runs import command_line, config, process
+from dvrl_jax.runs.waiting import waiting
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 EPISODES = flags.DEFINE_integer("episodes", 20, "How many games to play.", lower_bound=1, upper_bound=config.LARGEST)
@@ -20,7 +21,8 @@ VIDEO_STEPS = flags.DEFINE_integer("video_steps", 1000, "Most steps that the vid
 def main() -> int:
     process.share_gpu()
 
-    from dvrl_jax.viewing import evaluation
+    with waiting("loading Flax, Orbax and EnvPool"):
+        from dvrl_jax.viewing import evaluation
 
     path = Path(WORKDIR.value)
     video = Path(VIDEO.value) if VIDEO.value else None

@@ -4,7 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
-from dvrl_jax.runs import command_line, process, training
+from dvrl_jax.runs.waiting import waiting
+
+with waiting("loading JAX, Flax and EnvPool"):
+    from dvrl_jax.runs import command_line, process, training
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dvrl_jax import envs, networks
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
-from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory
+from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory, waiting
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import reconstructions
@@ -75,10 +75,11 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
     """
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
-        env = envs.make_env(config.env, config.num_envs, seed)
-        learner = make_learner(config, env)
-        with compilation.cached(use_cache):  # Making weights is a program of its own, without the environment in it.
-            state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
+        with waiting.waiting("making the environments and the weights"):
+            env = envs.make_env(config.env, config.num_envs, seed)
+            learner = make_learner(config, env)
+            with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
+                state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
         _describe(run, config, state)
         wall_time = 0.0
         restored = saver.restore(state)
@@ -105,7 +106,8 @@ def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable
         RunError: it does not fit into memory.
     """
     # Only programs without EnvPool in them can be found again in the compilation cache.
-    with process.answering(signal.SIG_DFL), compilation.cached(use_cache and restorable):
+    compiling = waiting.waiting("compiling the program of training")
+    with compiling, process.answering(signal.SIG_DFL), compilation.cached(use_cache and restorable):
         program = compilation.jit(learner.run, config, use_cache).lower(state, jnp.int32(1)).compile()
     compilation.check_memory(program)
     process.settle(config)
