@@ -153,6 +153,8 @@ def test_description_marks_what_differs():
     lines = config_lib.describe(config).splitlines()
     marked = {line.split()[1] for line in lines if line.startswith("*")}
     assert {"env.name", "env.p_blank", "bptt_segments"} <= marked and "num_envs" not in marked
+    shorter = config_lib.describe(config, whole=False).splitlines()
+    assert {line.split()[1] for line in shorter} == marked and len(shorter) == len(marked) < len(lines)
 
 
 def test_a_configuration_file_is_checked(tmp_path):

@@ -188,12 +188,12 @@ def test_a_run_that_lacks_something_is_refused(tmp_path):
 def test_what_the_configuration_file_has_otherwise_is_said(tmp_path, capsys):
     config = tiny_hike("rnn")
     train(tmp_path, config, total_env_steps=200)
-    assert "goes on as it began" not in capsys.readouterr().out
+    assert "resumes as it began" not in capsys.readouterr().out
     config.loss.gamma = 0.5
     config.log.interval = 20  # This may change, but is not asked for.
     state = train(tmp_path, config, total_env_steps=400)
     output = capsys.readouterr().out
-    assert f"{tmp_path} goes on as it began, not as the configuration file says: " in output
+    assert f"{tmp_path} resumes as it began, not as the configuration file says: " in output
     assert "loss.gamma = 0.99 (in the file 0.5)" in output and "log.interval = 10 (in the file 20)" in output
     assert output.count("in the file") == 2
     assert int(state.update) == 20 and run_directory.read_config(tmp_path)["loss.gamma"] == 0.99

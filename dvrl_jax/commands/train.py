@@ -12,6 +12,7 @@ with waiting("loading JAX, Flax and EnvPool"):
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
 CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in the user's cache directory.")
+PRINT_CONFIG = flags.DEFINE_boolean("print_config", False, "Print all fields, not only those not at their defaults.")
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
     run, config = training.prepare(workdir, config, overrides)
     process.prepare(config)
     try:
-        training.train(run, config, CACHE.value)
+        training.train(run, config, CACHE.value, PRINT_CONFIG.value)
     except training.Interrupted as stop:
         return 128 + stop.signum
     return 0

@@ -285,10 +285,12 @@ def as_stored(config: ConfigDict) -> dict[str, Any]:
     return json.loads(to_json(config))
 
 
-def describe(config: ConfigDict) -> str:
-    """The whole configuration, a field a line; a star marks what differs from the defaults."""
+def describe(config: ConfigDict, whole: bool = True) -> str:
+    """The configuration, a field a line; a star marks what differs from the defaults. If not `whole`, only that."""
     fields, defaults = flatten(config), flatten(with_settings())
-    width = max(map(len, fields))
+    if not whole:
+        fields = {field: value for field, value in fields.items() if defaults.get(field) != value}
+    width = max(map(len, fields), default=0)
     lines = []
     for field, value in fields.items():
         changed = defaults.get(field) != value

@@ -59,14 +59,16 @@ def resolve_config(run: run_directory.RunDirectory, given: ConfigDict | None, ov
     differing = [field for field, value in in_file.items() if field not in wanted and fields.get(field) != value]
     if differing:
         said = ", ".join(f"{field} = {fields.get(field)!r} (in the file {in_file[field]!r})" for field in differing)
-        print(f"{run.path} goes on as it began, not as the configuration file says: {said}", flush=True)
+        print(f"{run.path} resumes as it began, not as the configuration file says: {said}", flush=True)
     return config_lib.from_fields(fields | {k: v for k, v in wanted.items() if k in fields})
 
 
-def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool = True) -> TrainState:
+def train(
+    run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool = True, print_config: bool = False
+) -> TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
 
-    `use_cache` allows the persistent compilation cache.
+    `use_cache` allows the persistent compilation cache; `print_config` prints also what is as by default.
 
     Returns the final state.
     Raises:
@@ -80,7 +82,7 @@ def train(run: run_directory.RunDirectory, config: ConfigDict, use_cache: bool =
             learner = make_learner(config, env)
             with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
                 state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
-        _describe(run, config, state)
+        _describe(run, config, state, print_config)
         wall_time = 0.0
         restored = saver.restore(state)
         if restored is not None:
@@ -121,8 +123,8 @@ def _seed_of_episodes(seed: int, update: int) -> int:
     return int(np.random.SeedSequence([seed, update]).generate_state(1)[0]) % 2**31
 
 
-def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: TrainState) -> None:
-    print(config_lib.describe(config))
+def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: TrainState, whole: bool) -> None:
+    print(config_lib.describe(config, whole))
     device = jax.devices()[0]
     print(f"\nrun {run.path.name} in {run.path}")
     print(f"{networks.count_parameters(state.params):,} parameters, on {device.platform} ({device.device_kind})")
