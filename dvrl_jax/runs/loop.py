@@ -24,13 +24,15 @@ class Call(NamedTuple):
 
     Attributes:
         state: after it; averaged metrics begin anew after a log line.
-        line: what metrics.jsonl says of the updates since the last log line, without `wall_time`.
+        line: what metrics.jsonl says of the updates since the last log line, without what depends on the clock.
+        steps_per_second: since then.
         is_line: whether it is a log line: one interval is over, or training. is_end: training is over.
         is_failure: too many updates in a row were skipped.
     """
 
     state: TrainState
     line: dict[str, Any]
+    steps_per_second: float
     is_line: bool
     is_end: bool
     is_failure: bool
@@ -72,14 +74,14 @@ def train(
         on_interval = update % config.log.interval == 0
         line = {"update": update, "env_steps": steps} | state.episodes.summary() | state.metrics.means()
         line["updates.skipped"] = int(state.skipped)
-        line["obs.fps"] = (steps - line_steps) / max(line_seconds, 1e-9)
+        speed = (steps - line_steps) / max(line_seconds, 1e-9)
         if not on_interval:
             line["final"] = True
         why = why_stopped(state) if failed else ""
         if on_interval:
             state = state._replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
             line_steps, line_seconds = steps, 0.0
-        yield Call(state, line, on_interval or is_end or failed, is_end, failed)
+        yield Call(state, line, speed, on_interval or is_end or failed, is_end, failed)
         if failed:
             raise Stopped(why)
 

@@ -203,8 +203,9 @@ class _Writer:
         line, update = call.line, call.line["update"]
         if call.is_line:
             first = {"update": update, "env_steps": line["env_steps"], "wall_time": round(self._wall_time(), 3)}
-            self.run_directory.append_metrics(first | line)
-            self.log.line(first | line)
+            line = first | line | {"obs.fps": call.steps_per_second}
+            self.run_directory.append_metrics(line)
+            self.log.line(line)
         self.progress.advance(line["env_steps"], line["result.true"], line["loss.total"], call.is_line)
         if call.is_failure:
             return

@@ -98,6 +98,7 @@ VALID = {
     "model.obs_loss_coef": COEFS,
     "loss.gamma": COEFS,
     "loss.reward_scale": st.sampled_from([0.1, 1.0, 100.0]),
+    "loss.bootstrap_truncated": st.booleans(),
     "loss.value_coef": COEFS,
     "loss.action_coef": COEFS,
     "loss.entropy_coef": COEFS,
