@@ -38,7 +38,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick])
 
 # Files of tests that take minutes. They are handed to the workers first, so that no worker waits for one at the end.
-LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "atari", "determinism", "kill", "reproduce"]
+LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "seeds", "choices", "atari", "determinism"]
+LONGEST += ["kill", "reproduce", "truncation", "package"]
 
 
 @pytest.fixture

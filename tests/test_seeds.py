@@ -1,5 +1,7 @@
 """Seeds are a vmap: `make_train(...).pure` is a pure function of a key, and no loop's length depends on the seed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,17 @@ from tests.tiny import tiny_hike, tiny_pong
 UPDATES, SEEDS = 7, 3
 
 
+@functools.cache
 def train_of(algorithm):
     config = config_lib.from_fields(config_lib.flatten(tiny_hike(algorithm, log__interval=3)))
     return dvrl_jax.make_train(config, dvrl_jax.make_env(config))
+
+
+@functools.cache
+def alone(algorithm):
+    """Training of one seed, compiled once for all tests."""
+    train = train_of(algorithm)
+    return jax.jit(lambda key: train.pure(key, UPDATES))
 
 
 @pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
@@ -28,9 +38,8 @@ def test_several_seeds_train_in_one_program_each_as_it_does_alone(algorithm):
     assert metrics["loss.total"].shape == (SEEDS, 2) and np.isfinite(metrics["loss.total"]).all()
     assert np.isnan(metrics["result.true"]).all()  # No episode is over after 14 steps.
     assert states.update.tolist() == [UPDATES] * SEEDS
-    alone = jax.jit(lambda key: train.pure(key, UPDATES))
     for i, key in enumerate(keys):
-        state, line = alone(key)
+        state, line = alone(algorithm)(key)
         for a, b in zip(*map(jax.tree.leaves, (state.params, states.params)), strict=True):
             np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(line["loss.total"], metrics["loss.total"][i], rtol=1e-4)
@@ -41,7 +50,7 @@ def test_several_seeds_train_in_one_program_each_as_it_does_alone(algorithm):
 def test_pure_training_is_the_training_that_is_called():
     train = train_of("dvrl")
     expected, history = train(seed=4, num_updates=UPDATES)
-    state, metrics = jax.jit(lambda key: train.pure(key, UPDATES))(jax.random.PRNGKey(4))
+    state, metrics = alone("dvrl")(jax.random.PRNGKey(4))
     for a, b in zip(*map(jax.tree.leaves, (state.params, expected.params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert set(metrics) <= set(history[0])
