@@ -231,12 +231,23 @@ class Scoring(RNN):
         return belief._replace(h=0.5 * belief.h), info
 
 
+class Losing(RNN):
+    """Returns a loss that it does not name."""
+
+    name = None
+
+    def score(self, step, inputs, trace, timestep):
+        belief, info = super().score(step, inputs, trace, timestep)
+        return belief, info._replace(losses=info.losses | {"other": info.losses["encoding"]})
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Flat, r"Flat: initial returns carry\['m'\] as float32\[8\], and must return float32\[3, \.\.\.\]"),
         (Counting, r"Counting: initial returns carry as int32\[3, 8\], and must return float32\[3, \.\.\.\]"),
         (Bare, r"Bare: initial returns .*, and must return a named tuple with a `carry`"),
+        (Losing, r"Losing: score returns the losses encoding, other, and its class names encoding"),
         (Scoring, r"Scoring: score changes the carry, and must leave it as it is in the step"),
     ],
 )

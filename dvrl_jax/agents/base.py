@@ -256,7 +256,7 @@ class Agent(nnx.Module, abc.ABC):
         """Takes a time step into a belief that has been restarted where an episode begins.
 
         Raises:
-            RunError: `score` changes the carry.
+            RunError: `score` changes the carry, or returns other losses than `losses` names.
         """
         inputs = self.encode(timestep)
         trace = self.sample_trace(belief, noise)
@@ -264,9 +264,14 @@ class Agent(nnx.Module, abc.ABC):
         return self.check_score(step, self.score(step, inputs, trace, timestep))
 
     def check_score(self, step: Any, scored: tuple[Any, UpdateInfo]) -> tuple[Any, UpdateInfo]:
-        """What `score` returned for a step, which must have left the carry alone. Raises RunError."""
+        """What `score` returned for a step: with its carry, and the losses that the agent says. Raises RunError."""
         if any(a is not b for a, b in zip(*map(jax.tree.leaves, (scored[0].carry, step.carry)), strict=True)):
             raise RunError(f"{type(self).__name__}: score changes the carry, and must leave it as it is in the step")
+        if set(scored[1].losses) != set(self.losses):
+            named = [", ".join(sorted(names)) or "none" for names in (scored[1].losses, self.losses)]
+            raise RunError(
+                f"{type(self).__name__}: score returns the losses {named[0]}, and its class names {named[1]}"
+            )
         return scored
 
     # --- Actor and critic --------------------------------------------------------------------------------------------
