@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import dvrl_jax
 from dvrl_jax import acting, envs
 from dvrl_jax.errors import RunError
 from dvrl_jax.learner import make_learner
 from dvrl_jax.runs import compilation
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import playing, reconstructions
-from tests.tiny import tiny_hike, tiny_pong
+from tests.tiny import tiny_hike, tiny_pong, train
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -110,3 +111,13 @@ def test_memory_that_is_not_there_is_one_sentence(tmp_path):
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: Out of memory allocating ") and result.stderr.count("\n") == 1
     assert "fewer environments, particles" in result.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
+def test_64_bit_numbers_are_refused_before_training(algorithm, tmp_path):
+    config = tiny_hike(algorithm)
+    with jax.enable_x64(True):
+        for begin in (lambda: train(tmp_path, config), lambda: dvrl_jax.make_train(config, dvrl_jax.make_env(config))):
+            with pytest.raises(RunError, match=r"^JAX_ENABLE_X64: must be off \(0, or unset\), since"):
+                begin()
+    assert not (tmp_path / "config.json").exists()

@@ -154,3 +154,13 @@ def test_large_blocks_are_kept_until_they_are_given_back():
 def test_options_of_the_user_stay(options):
     kept, _ = map(int, run_with_options(COUNT_PAGE_FAULTS, **options).split())
     assert kept > 5 * PAGES / 2
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "plot", "reproduce"])
+def test_a_python_without_docstrings_is_refused(program):
+    command = [sys.executable, "-OO", "-m", f"dvrl_jax.commands.{program}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: python -OO (or PYTHONOPTIMIZE=2): must be off") and done.stderr.count("\n") == 1
+    )

@@ -1,1 +1,7 @@
-"""The console commands, a module each: flags, `main`, and `run` for the entry point."""
+"""The programs that the package installs: dvrl-train, dvrl-evaluate, dvrl-plot and dvrl-reproduce."""
+
+import sys
+
+if sys.flags.optimize > 1:
+    print("error: python -OO (or PYTHONOPTIMIZE=2): must be off, since a dependency reads docstrings", file=sys.stderr)
+    sys.exit(2)

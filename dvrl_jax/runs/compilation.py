@@ -49,6 +49,12 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
 
 
+def check_precision() -> None:
+    """Raises RunError where JAX is set to 64-bit numbers: weights and counters have 32 bits, and would be mixed."""
+    if jax.config.jax_enable_x64:
+        raise RunError("JAX_ENABLE_X64: must be off (0, or unset), since training uses 32-bit numbers")
+
+
 def check_memory(program: jax.stages.Compiled) -> None:
     """Makes sure that a program, its arguments included, fits into the memory of the device, before it is called.
 

@@ -75,6 +75,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
+    compilation.check_precision()
     with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
         with waiting.waiting("making the environments and the weights"):
