@@ -1,6 +1,7 @@
 """Truncated backpropagation through time: the gradient that training uses against plain autodiff of the window."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,15 @@ def off_the_kink(params):
     return jax.tree.unflatten(structure, moved)
 
 
+@functools.cache
+def gradient_of(learner):
+    """Compiled once for all tests of a case."""
+    return jax.jit(learner.gradient)
+
+
 def window_of(learner, state, num_segments):
     """Acts for `num_segments` segments with fixed weights; returns what each did, and the windows."""
-    gradient = jax.jit(learner.gradient)
+    gradient = gradient_of(learner)
     actor, window, results, windows = state.actor, state.window, [], []
     for place in range(num_segments):
         draws = learner.draw(jax.random.PRNGKey(place))
@@ -126,13 +133,13 @@ def test_gradient_equals_autodiff_through_the_unrolled_window(case, num_segments
     config, env, learner, state, agent, results, windows = case
     actor, window, draws = windows[-1]
     shorter, place = shortened(window, num_segments - 1)
-    actual, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, place, draws)
+    actual, _ = gradient_of(learner)(state.params, state.batch_stats, actor, shorter, place, draws)
     first = MOST_SEGMENTS - num_segments
     expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, first)))(state.params)
     assert relative_difference(actual, expected) < 1e-5
     # A window of which the earlier segments were cut off is one that started later.
     cut = window.cut(first - 1, True)
-    same, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, cut, MOST_SEGMENTS - 1, draws)
+    same, _ = gradient_of(learner)(state.params, state.batch_stats, actor, cut, MOST_SEGMENTS - 1, draws)
     assert relative_difference(same, expected) < 1e-5
 
 
@@ -143,7 +150,7 @@ def test_gradient_differs_when_a_segment_is_left_out(case):
     previous = None
     for length in range(MOST_SEGMENTS - 1):
         shorter, place = shortened(window, length)
-        partial, _ = jax.jit(learner.gradient)(state.params, state.batch_stats, actor, shorter, place, draws)
+        partial, _ = gradient_of(learner)(state.params, state.batch_stats, actor, shorter, place, draws)
         difference = relative_difference(partial, full)
         assert difference > 1e-4
         assert previous is None or difference < previous * 1.5
@@ -156,12 +163,11 @@ def test_recomputed_activations_are_those_of_acting_as_long_as_the_weights_are(c
     actor, window, draws = windows[-1]
     recomputing = dataclasses.replace(learner, way_back={"past": "recomputed"})
     place, full = MOST_SEGMENTS - 1, results[-1][0]
-    grads, _ = jax.jit(recomputing.gradient)(state.params, state.batch_stats, actor, window, place, draws)
+    grads, _ = gradient_of(recomputing)(state.params, state.batch_stats, actor, window, place, draws)
     assert relative_difference(grads, full) < 1e-5
     moved = jax.tree.map(lambda x: 1.1 * x, state.params)
     both = [
-        jax.jit(each.gradient)(moved, state.batch_stats, actor, window, place, draws)[0]
-        for each in (learner, recomputing)
+        gradient_of(each)(moved, state.batch_stats, actor, window, place, draws)[0] for each in (learner, recomputing)
     ]
     assert relative_difference(*both) > 1e-3
 
@@ -188,5 +194,5 @@ def test_no_gradient_crosses_the_start_of_an_episode():
     state = learner.init(jax.random.PRNGKey(0))
     results, windows = window_of(learner, state, 2)
     actor, window, draws = windows[-1]
-    alone, _ = learner.gradient(state.params, state.batch_stats, actor, window, 0, draws)
+    alone, _ = gradient_of(learner)(state.params, state.batch_stats, actor, window, 0, draws)
     assert relative_difference(results[-1][0], alone) < 1e-6
