@@ -87,7 +87,7 @@ class EpisodeStatistics(NamedTuple):
     def summary(self) -> dict[str, float | int | None]:
         """The `result.*` and `episodes.*` metrics as plain numbers; None before any episode has finished.
 
-        Returns that are not finite (of an episode in which an update was skipped) are left out.
+        Returns that are NaN or inf (of an episode in which an update was skipped) are left out.
         """
         clipped = _finite(np.asarray(self.finished)[: int(self.num_finished)])
         true = _finite(np.asarray(self.finished_true)[: int(self.num_finished_true)])
@@ -147,5 +147,5 @@ class Metrics(NamedTuple):
         return {name: float(total) / count for name, total in sorted(self.sums.items())}
 
     def culprits(self) -> list[str]:
-        """Names of the metrics that were not finite in some update since the last log line."""
+        """Names of the metrics that were NaN or inf in some update since the last log line."""
         return sorted(name for name, count in self.not_finite.items() if int(count))

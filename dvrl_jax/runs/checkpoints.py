@@ -2,8 +2,8 @@
 
 A checkpoint holds every array of the training state under a readable name, such as `params.encoder.layers.0.kernel`,
 and, as JSON, a few numbers and the arrays' checksums, which are verified on reading. A damaged checkpoint is set aside,
-never deleted, and training goes on from the one before it. Where the environment cannot be restored (Atari), what
-belongs to the episodes under way (`actor`, `window`) is left out, and training goes on with new episodes.
+never deleted, and training resumes from the one before it. Where the environment cannot be restored (Atari), what
+belongs to the episodes under way (`actor`, `window`) is left out, and training resumes with new episodes.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ from dvrl_jax.errors import ConfigError, DiscoveryError, RunError
 from dvrl_jax.runs import compilation, process
 from dvrl_jax.runs.config import check_fields, check_made, flatten, from_fields, shipped, with_settings
 
-USAGE_ERROR = 2  # Exit code for everything that the user can put right.
+USAGE_ERROR = 2  # Exit code for mistakes that the user can fix.
 
 CONFIG = ("--config", "-config")  # The flag, in both spellings that absl knows.
 

@@ -61,7 +61,7 @@ class TensorBoard(Logger):
                 path.unlink()
             self._writer = event_file_writer.EventsWriter(str(self._folder / "events"))
         for line in run_directory.read_metrics(run.path) if run.metrics_path.exists() else []:
-            if not line.get("final", False):  # The end that training now goes on from.
+            if not line.get("final", False):  # The end that training now resumes from.
                 self._add(_scalars(line), line["env_steps"])
         for update in reconstructions.saved_updates(run.path):
             try:

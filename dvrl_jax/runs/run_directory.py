@@ -102,7 +102,7 @@ class RunDirectory:
         replace(self.config_path, text)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl and waits until it is on disk. Numbers that are not finite become null.
+        """Adds a line to metrics.jsonl and waits until it is on disk. NaN and inf become null.
 
         Raises:
             RunError: it cannot be written.
@@ -117,7 +117,7 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def rewind_metrics(self, update: int) -> None:
-        """Drops what will be written again when training goes on from `update`.
+        """Drops what will be written again when training resumes from `update`.
 
         That is: lines of later updates and an incomplete last line. The line that an earlier end wrote between two
         regular ones goes when the next line is there: until then it is the run's result.
@@ -216,7 +216,7 @@ def column(lines: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _as_text(line: Mapping[str, Any]) -> str:
-    """A line of metrics.jsonl; numbers that are not finite become null."""
+    """A line of metrics.jsonl; NaN and inf become null."""
     finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
     return json.dumps({name: finite(value) for name, value in line.items()}, allow_nan=False) + "\n"
 
