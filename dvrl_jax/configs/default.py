@@ -1,4 +1,8 @@
-"""The settings shared by all configurations. The other files in this folder change a few of these fields each."""
+"""The settings shared by all configurations. The other files in this folder change a few of these fields each.
+
+A file for several tasks and agents takes them as its argument, `--config=FILE:<task>,<agent>`; without an agent it is
+DVRL.
+"""
 
 from ml_collections import ConfigDict
 
@@ -61,4 +65,17 @@ def get_config() -> ConfigDict:
     c.checkpoint.interval = 10_000  # Updates between checkpoints; 0 leaves it to the next field.
     c.checkpoint.minutes = 30.0  # A checkpoint is also saved if there was none for so long; 0 leaves it to the other.
     c.checkpoint.keep = 3  # How many of the latest checkpoints to keep (the best is kept besides).
+    return c
+
+
+def task_and_agent(argument: str) -> tuple[str, str]:
+    """The task and the agent of a file's argument `<task>,<agent>`."""
+    task, _, agent = argument.partition(",")
+    return task, agent or "dvrl"
+
+
+def with_agent(c: ConfigDict, agent: str) -> ConfigDict:
+    """Sets the belief model (`algorithm`) and the weight of the loss that trains it."""
+    c.algorithm = agent
+    c.loss.encoding_coef = 0.1 if agent == "dvrl" else 0.0
     return c
