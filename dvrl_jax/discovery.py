@@ -1,8 +1,11 @@
 """Environments and beliefs by name: a module in the right place is found without being listed anywhere."""
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from dvrl_jax.errors import DiscoveryError
 
@@ -35,6 +38,24 @@ def named(base: type, package: str) -> dict[str, type]:
             )
         _check_settings(kind)
         found[name] = kind
+    return found
+
+
+def declared(folder: Path, attribute: str) -> list[Any] | None:
+    """What the classes in a folder's modules set `attribute` to, each value as written: read, not imported.
+
+    None if a module cannot be parsed, or a class computes its value, so that only importing tells.
+    """
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        try:
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                for line in node.body if isinstance(node, ast.ClassDef) else ():
+                    targets = getattr(line, "targets", [getattr(line, "target", None)])
+                    if getattr(targets[0], "id", None) == attribute and line.value is not None:
+                        found.append(ast.literal_eval(line.value))
+        except (OSError, SyntaxError, ValueError):
+            return None
     return found
 
 

@@ -162,7 +162,7 @@ def test_a_configuration_file_is_checked(tmp_path):
     for line, named in [
         ("c.model.h_dimm = 8", "error: model.h_dimm: there is no such field; did you mean model.h_dim?\n"),
         ("del c.checkpoint; c.checkpoint = 3", "error: checkpoint: is a group of fields"),
-        ("del c.seed; c.seed = '1'", "error: seed = '1': must be of type int\n"),
+        ("del c.seed; c.seed = '1'", "error: seed = '1': must be a whole number\n"),
         ("c.model.h_dim = '8'", f"error: {file}, line 6: TypeError: "),
         ("c.seed = = 1", f"error: {file}, line 6: SyntaxError: invalid syntax\n"),
         ("from configs import defualt", f"error: {file}, line 6: ImportError: cannot import name 'defualt'"),
@@ -214,7 +214,17 @@ COMMANDS = [
     (["--cofnig=configs/pong_dvrl.py"], "cofnig"),
     (["--config", "configs/nothing.py"], "configs/nothing.py"),
     (["--config=configs/pong_dvrl.py:Asteroids"], "'Asteroids'"),
-    (["--config=configs/mountain_hike_rnn.py", "--config.total_env_steps=1e6"], "config.total_env_steps=1e6"),
+    (
+        ["--config=mountain_hike_rnn", "--config.total_env_steps=15e-1"],
+        "--config.total_env_steps=15e-1: must be a whole",
+    ),
+    (["--config=mountain_hike_rnn", "--config.seed=None"], "--config.seed=None: must be a whole number"),
+    (["--config=mountain_hike_rnn", "--config.seed"], "--config.seed: needs a value, as in --config.seed=0"),
+    (["--config=mountain_hike_rnn", "--config.model.batch_norm=yes"], "batch_norm=yes: must be True or False"),
+    (["--config=mountain_hike_rnn", "--config.model.channels=a"], "channels=a: must be a tuple, such as (64, 64)"),
+    (["--config.num_envs=0", "--config=mountain_hike_rnn"], "num_envs = 0: must be at least 1"),
+    (["--config=mountain_hike_rnn", "--config.algorithm=drvl"], "algorithm = 'drvl': must be one of dvrl, rnn"),
+    (["--seed=3"], "--seed: there is no such flag; did you mean --config.seed?"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model=3"], "model: is a group of fields"),
     (["--config=configs/mountain_hike_rnn.py", "seed=3"], "seed=3: unexpected argument; all are --name=value"),
     ([], "--config"),
@@ -228,6 +238,52 @@ def test_the_command_line_refuses_in_one_sentence(arguments, named, tmp_path):
     assert result.returncode == 2
     assert named in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "plot", "reproduce"])
+def test_flags_are_checked_before_anything_large_is_imported(program):
+    """So a mistake costs a fraction of a second."""
+    command = [sys.executable, "-X", "importtime", "-m", f"dvrl_jax.commands.{program}", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "  --" in result.stdout
+    assert "absl" in imported and not imported & {"jax", "flax", "envpool", "orbax", "matplotlib"}
+
+
+def test_fields_are_known_without_importing_environments_and_belief_models():
+    declared, is_all = config_lib.declared_fields()
+    assert is_all and config_lib.flatten(declared) == config_lib.flatten(config_lib.with_settings())
+
+
+def test_what_only_importing_tells_is_left_to_it(tmp_path):
+    file = tmp_path / "env.py"
+    file.write_text("class Env:\n    settings = {'steps': 3}\n    name: str\n")
+    assert discovery.declared(tmp_path, "settings") == [{"steps": 3}] and discovery.declared(tmp_path, "name") == []
+    file.write_text("class Env:\n    settings = Other.settings | {'steps': 3}\n")
+    assert discovery.declared(tmp_path, "settings") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "like", "value"),
+    [
+        *[("1e6", 3, 1_000_000), ("2.50e1", 3, 25), ("0x10", 3, 16), ("-1", 3, -1), ("1e-2", 0.5, 0.01)],
+        *[("F", True, False), ("8", (1, 2), (8,)), ("(8, 8)", (1, 2), (8, 8)), ("1e6", "a", "1e6")],
+    ],
+)
+def test_a_value_is_read_as_what_its_field_holds(text, like, value):
+    assert config_lib.parse("field", text, like) == value
+    assert type(config_lib.parse("field", text, like)) is type(like)
+
+
+def test_a_run_resumes_with_changed_fields_and_without_a_configuration(tmp_path):
+    run, other = (f"--workdir={tmp_path / name}" for name in ("run", "other"))
+    with pytest.raises(ConfigError, match=r"^--config.seed: needs a configuration too"):
+        command_line._resumed({"seed": 3}, [other, "--config.seed=3"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert command_line._resumed({"total_env_steps": 1000}, [run, "--config.total_env_steps=1000"]) == [run]
+    assert command_line._without_file == {"total_env_steps": 1000}
+    command_line._without_file.clear()
 
 
 def test_a_name_is_the_file_that_the_package_ships(tmp_path, monkeypatch):

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
+from dvrl_jax.errors import ConfigError
+from dvrl_jax.runs import command_line, process, run_directory
 from dvrl_jax.runs.waiting import waiting
-
-with waiting("loading JAX, Flax and EnvPool"):
-    from dvrl_jax.runs import command_line, process, training
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
@@ -15,9 +15,22 @@ CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs 
 PRINT_CONFIG = flags.DEFINE_boolean("print_config", False, "Print all fields, not only those not at their defaults.")
 
 
+def _announce(workdir: Path | None, config: ConfigDict | None) -> None:
+    """The first line: what is about to happen, before libraries load. Raises ConfigError if nothing can."""
+    if workdir is not None and run_directory.has_config(workdir):
+        print(f"resuming the run in {workdir}", flush=True)
+    elif config is not None:
+        print(f"training {config.algorithm} on {config.env.name}, seed {config.seed}", flush=True)
+    else:
+        raise ConfigError("--config: is needed to start a new run, for example --config=mountain_hike_dvrl")
+
+
 def main() -> int:
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
+    _announce(workdir, config)
+    with waiting("loading JAX, Flax and EnvPool"):
+        from dvrl_jax.runs import training
     run, config = training.prepare(workdir, config, overrides)
     process.prepare(config)
     try:

@@ -10,26 +10,32 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dvrl_jax.errors import ConfigError, DiscoveryError, RunError
-from dvrl_jax.runs import compilation, process
-from dvrl_jax.runs.config import check_fields, check_made, flatten, from_fields, shipped, with_settings
+from dvrl_jax.runs import config as config_lib
+from dvrl_jax.runs import process, run_directory
+from dvrl_jax.runs.config import check_early, check_made, flatten, from_fields, shipped, suggestion
 
 USAGE_ERROR = 2  # Exit code for mistakes that the user can fix.
 
 CONFIG = ("--config", "-config")  # The flag, in both spellings that absl knows.
 
+CONFIG_IS = tuple(f"{flag}=" for flag in CONFIG)
+
 FLAGS = flags.FLAGS
+
+_argv: list[str] = []  # The command line that ml_collections reads: `sys.argv` as `run` has rewritten it.
+_without_file: dict[str, Any] = {}  # Overrides of a run that resumes without `--config`, by dotted name.
 
 
 def define_config() -> None:
     """Defines `--config`."""
     # Settings that the file leaves out may be given all the same; `run` has made sure that there are such fields.
-    given = {"lock_config": False, "accept_new_attributes": True}
+    given = {"lock_config": False, "accept_new_attributes": True, "sys_argv": _argv}
     config_flags.DEFINE_config_file(
         "config", None, "Configuration: its name, for example pong_dvrl, or a file.", **given
     )
@@ -39,12 +45,13 @@ def config_and_overrides():
     """The configuration given on the command line (None without one) and its explicit overrides by dotted name.
 
     Raises:
-        ConfigError: the file returns something else.
+        ConfigError: the file returns something else, or impossible values.
     """
     if FLAGS["config"].present:
         check_made(FLAGS.config, "--config: get_config of that file")
     if FLAGS.config is None:
-        return None, {}
+        return None, dict(_without_file)
+    check_early(flatten(FLAGS.config))
     return FLAGS.config, config_flags.get_override_values(FLAGS["config"])
 
 
@@ -65,8 +72,9 @@ def run(main: Callable[[], int]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            argv = [argv[0], *_with_files(argv[1:])]
-            _check_config_arguments(argv[1:])
+            arguments = _with_values(_with_files(argv[1:]))
+            argv = [argv[0], *sorted(arguments, key=lambda x: not x.startswith(CONFIG_IS))]
+            _argv[:] = argv
             rest = _parse(argv)
             if len(rest) > 1:
                 raise ConfigError(
@@ -85,7 +93,9 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
-        except jax.errors.JaxRuntimeError as error:
+        except RuntimeError as error:
+            from dvrl_jax.runs import compilation
+
             if (lacking := compilation.lack_of_memory(error)) is None:
                 raise
             _fail(lacking)
@@ -132,7 +142,9 @@ def _parse(argv: list[str]) -> list[str]:
                 raise ConfigError(said) from None
         if not isinstance(error, flags.Error):
             raise
-        if missing := re.match(r"flag (--\S+)=None: ", str(error)):
+        if isinstance(error, flags.UnrecognizedFlagError):
+            raise ConfigError(f"--{error.flagname}: there is no such flag{_flag_like(error.flagname)}") from None
+        if missing := re.match(r"[Ff]lag (--\S+)(=None: | must have a value)", str(error)):
             raise ConfigError(f"{missing[1]}: is needed") from None
         raise ConfigError(" ".join(str(error).split())) from None
 
@@ -178,19 +190,68 @@ def _with_files(arguments: list[str]) -> list[str]:
     return found
 
 
+def _flag_like(name: str) -> str:
+    """The end of a message about an unknown flag: which one may have been meant."""
+    fields = flatten(config_lib.declared_fields()[0]) if "config" in FLAGS else {}
+    for field in fields:
+        if name in (field, field.rpartition(".")[2]):
+            return f"; did you mean --config.{field}?"
+    return suggestion(f"--{name}", [f"--{flag}" for flag in FLAGS])
+
+
 def _config_files(arguments: list[str]) -> list[tuple[Path, str | None]]:
     """The configuration files that a command line (`_with_files`) names, each with its argument (`FILE:argument`)."""
     matches = [re.match(r"--?config=([^:]*)(?::(.*))?$", argument) for argument in arguments]
     return [(Path(match[1]), match[2]) for match in matches if match]
 
 
-def _check_config_arguments(arguments: list[str]) -> None:
-    """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
-    fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
-    check_fields(fields, with_settings())
+def _with_values(arguments: list[str]) -> list[str]:
+    """The command line with values of fields as their type is written; without them if there is no `--config`.
+
+    So `1e6` becomes 1000000 where a whole number is asked for.
+
+    Raises:
+        ConfigError: a configuration file is not there or not given, a field is unknown, or its value of another type.
+    """
+    fields, all_known = config_lib.declared_fields()
+    known, given, found, left = flatten(fields), {}, [], iter(arguments)
+    for argument in left:
+        match = re.match(r"--?(no)?config\.([^=]+)(=(.*))?$", argument, re.DOTALL)
+        if match is None or "config" not in FLAGS:
+            found.append(argument)
+            continue
+        no, field, equals, text = match.groups()
+        if all_known or field in known or any(name.startswith(f"{field}.") for name in known):
+            config_lib.check_fields([field], fields)
+        default = known.get(field)
+        if not equals and type(default) is bool:
+            text = str(not no)
+        elif not equals:
+            text = next(left, None)
+        if text is None or (no and type(default) is not bool):
+            raise ConfigError(f"--config.{field}: needs a value, as in --config.{field}={default}")
+        given[field] = text if field not in known else config_lib.parse(field, text, default)
+        # Of a tuple, ml_collections reads several arguments too.
+        written = text if isinstance(default, float | tuple) or field not in known else given[field]
+        found.append(f"--config.{field}={written}")
     files = _config_files(arguments)
-    if fields and "config" in FLAGS and not files:
-        raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=pong_dvrl")
+    if given and not files:
+        return _resumed(given, found)
+    _check_files(files)
+    return found
+
+
+def _resumed(given: dict[str, Any], arguments: list[str]) -> list[str]:
+    """Keeps what is `given` without `--config` for `config_and_overrides`, and returns the other arguments."""
+    workdirs = [match[1] for match in (re.match(r"--?workdir=(.+)", x) for x in arguments) if match]
+    if not any(run_directory.has_config(Path(path)) for path in workdirs):
+        raise ConfigError(f"--config.{next(iter(given))}: needs a configuration too, such as --config=pong_dvrl")
+    _without_file.update(given)
+    return [argument for argument in arguments if not argument.startswith("--config.")]
+
+
+def _check_files(files: list[tuple[Path, str | None]]) -> None:
+    """Raises ConfigError for a configuration file that is not there."""
     for file, _ in files:
         if not file.is_file():
             known = {name: name for name in shipped()}

@@ -1,7 +1,14 @@
-"""Checking, comparing and storing configurations. What the fields mean is said in `dvrl_jax/configs/default.py`."""
+"""Checking, comparing and storing configurations. What the fields mean is said in `dvrl_jax/configs/default.py`.
 
+Environments and belief models, and with them JAX, are imported by the functions that ask them: mistakes that can be
+seen without them are named at once.
+"""
+
+import ast
+import decimal
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import agents, envs, networks
+from dvrl_jax import discovery
 from dvrl_jax.configs import default
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory
@@ -69,6 +76,8 @@ def check_fields(names: Iterable[str], config: ConfigDict) -> None:
 
 def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]]:
     """What environments and belief models of these names (None: all) can set: (name, group, setting, its default)."""
+    from dvrl_jax import agents, envs
+
     for group, kinds in (("env", envs.named()), ("model", agents.named())):
         for name, kind in kinds.items():
             if names is None or name in names:
@@ -99,19 +108,58 @@ def merge(values: Mapping[str, Any]) -> ConfigDict:
     """
     defaults = flatten(default_config())
     config = with_settings([values.get(x, defaults[x]) for x in ("env.name", "algorithm")])
-    known = flatten(config)
     check_fields(values, config)
+    _set(config, values)
+    return config
+
+
+def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Gives fields of a configuration, by dotted name, other values of the same type. Raises ConfigError."""
+    known = flatten(config)
     for field, value in values.items():
         if isinstance(known[field], tuple) and isinstance(value, list):
             value = tuple(value)
         if isinstance(value, np.generic):
             value = value.item()
         if not _same_type(known[field], value):
-            raise ConfigError(f"{field} = {_short(value)}: must be of type {type(known[field]).__name__}")
+            raise ConfigError(f"{field} = {_short(value)}: must be {kind_of(known[field])}")
         if isinstance(known[field], float) and abs(value) > _LARGEST_FLOAT:
             raise ConfigError(f"{field} = {_short(value)}: must be a finite number (of 32 bits)")
         config.update_from_flattened_dict({field: float(value) if isinstance(known[field], float) else value})
-    return config
+
+
+_PACKAGE = Path(discovery.__file__).parent
+# What classes of environments and belief models add to which group of fields.
+_DECLARED = (("env", "envs", "settings"), ("model", "agents", "settings"), ("loss", "agents", "losses"))
+
+
+def declared_fields() -> tuple[ConfigDict, bool]:
+    """The fields that `with_settings` has, as far as the sources say without being imported; whether that is all."""
+    config, is_all = default_config(), True
+    for group, folder, attribute in _DECLARED:
+        found = discovery.declared(_PACKAGE / folder, attribute)
+        is_all &= found is not None and all(isinstance(settings, dict) for settings in found)
+        for setting, value in (item for settings in found or () if is_all for item in settings.items()):
+            name, value = (f"{setting}_coef", float(value)) if group == "loss" else (setting, value)
+            if name not in config[group]:
+                config[group][name] = value
+    return config, is_all
+
+
+def check_early(values: Mapping[str, Any]) -> None:
+    """Checks what can be checked of a configuration, by dotted name, before anything large is imported.
+
+    Raises:
+        ConfigError: a value has the wrong type or is impossible.
+    """
+    config = default_config()
+    known = flatten(config)
+    _set(config, {field: value for field, value in values.items() if field in known})
+    _check_values(config)
+    names = discovery.declared(_PACKAGE / "agents", "name")
+    if names is not None and config.algorithm not in names:
+        algorithms = sorted(name for name in names if name)
+        _requirement(flatten(config))("algorithm", False, f"one of {', '.join(algorithms)}")
 
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -119,9 +167,43 @@ _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 def _short(value: Any) -> str:
     """A value for messages."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text if len(text) <= 60 else text[:60] + "..."
+    text = _cut(value if isinstance(value, str) else repr(value))
     return repr(text) if isinstance(value, str) else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", tuple: "a tuple, such as {}"}
+
+
+def kind_of(value: Any) -> str:
+    """What a field must be whose default is this value, for messages."""
+    return KINDS[type(value)].format(value)
+
+
+def parse(field: str, text: str, like: Any) -> Any:
+    """The value that a text on the command line means for a field whose default is `like`.
+
+    Raises:
+        ConfigError: it means no value of that type.
+    """
+    kind = type(like)
+    try:
+        if kind is bool:
+            return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
+        if kind is tuple:
+            value = ast.literal_eval(text)
+            return value if isinstance(value, tuple) else (value,)
+        if kind is int and not re.fullmatch(r"[+-]?(\d+|0[xX][0-9a-fA-F]+|0[oO][0-7]+)", text):
+            number = decimal.Decimal(text)
+            if number != number.to_integral_value() or abs(number) >= 2**64:
+                raise ValueError
+            return int(number)
+        return int(text, 0 if "x" in text.lower() or "o" in text.lower() else 10) if kind is int else kind(text)
+    except (KeyError, ValueError, SyntaxError, ArithmeticError):
+        raise ConfigError(f"--config.{field}={_cut(text)}: must be {kind_of(like)}") from None
 
 
 def _same_type(reference: Any, value: Any) -> bool:
@@ -138,11 +220,15 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
+    from dvrl_jax import envs
+
     return envs.find(config.env.name).observation_of(config.env).is_image
 
 
 def has_particles(config: ConfigDict) -> bool:
     """Whether beliefs have several rows per environment."""
+    from dvrl_jax import agents
+
     return agents.named()[config.algorithm].rows_per_env(config.model) > 1
 
 
@@ -185,7 +271,8 @@ def finalise(config: ConfigDict) -> ConfigDict:
         ConfigError: a value is impossible.
     """
     config = config.copy_and_resolve_references()
-    _check(config)
+    _check_values(config)
+    _check_kinds(config)
     if config.loss.encoding_coef == 0:
         config.model.resample = False
     return config
@@ -203,20 +290,25 @@ _SIZES += " model.action_encoding"
 _COUNTS = "max_skipped_updates log.interval checkpoint.interval checkpoint.keep"
 
 
-def _check(c: ConfigDict) -> None:
-    fields = flatten(c)
+def _requirement(fields: Mapping[str, Any]) -> Callable[[str, bool, str], None]:
+    """Raises ConfigError, unless something holds of a field, with the rule that it must be like."""
 
     def require(field: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ConfigError(f"{field} = {_short(fields[field])}: must be {rule}")
 
+    return require
+
+
+def _check_values(c: ConfigDict) -> None:
+    """Each value by itself, without environments and belief models."""
+    fields = flatten(c)
+    require = _requirement(fields)
     for field, value in fields.items():
         numbers = value if isinstance(value, tuple) else (value,)
         # What is finite for Python need not be for the device, where numbers have 32 bits.
         if any(isinstance(x, float) and not abs(x) <= _LARGEST_FLOAT for x in numbers):
             require(field, False, "a finite number (of 32 bits)")
-    algorithms = sorted(agents.named())
-    require("algorithm", c.algorithm in algorithms, f"one of {', '.join(algorithms)}")
     coefs = [field for field in fields if field.startswith("loss.") and field.endswith("_coef")]
     for least, names in _AT_LEAST.items():
         for field in (*names.split(), *(() if least else coefs)):
@@ -250,14 +342,18 @@ def _check(c: ConfigDict) -> None:
     times = c.log.predicted_times
     valid_times = len(times) > 0 and all(type(dt) is int and 0 <= dt <= 1000 for dt in times)
     require("log.predicted_times", valid_times, "at least one whole number of steps, each between 0 and 1000")
-    agents.named()[c.algorithm].check(c)
     if c.model.batch_norm or c.model.policy_batch_norm:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
-    _check_env(c, require)
 
 
-def _check_env(c: ConfigDict, require: Callable[[str, bool, str], None]) -> None:
-    """That there is such an environment, and networks for what it shows."""
+def _check_kinds(c: ConfigDict) -> None:
+    """That there are such an environment and belief model, what they ask for, and networks for what is seen."""
+    from dvrl_jax import agents, envs, networks
+
+    require = _requirement(flatten(c))
+    algorithms = sorted(agents.named())
+    require("algorithm", c.algorithm in algorithms, f"one of {', '.join(algorithms)}")
+    agents.named()[c.algorithm].check(c)
     kind, own = envs.find(c.env.name), sorted(envs.named())
     close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")

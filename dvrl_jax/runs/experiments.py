@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvrl_jax import envs
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import markdown, run_directory
@@ -269,6 +268,8 @@ def program_of(fields: Mapping[str, Any]) -> str:
 
     All Atari games count as one; emulating any of them is cheap beside learning.
     """
+    from dvrl_jax import envs
+
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not k.startswith(SAME_PROGRAM)}
     if kept["env.name"] not in envs.named():
         kept["env.name"] = "Atari"

@@ -154,6 +154,11 @@ class RunDirectory:
         return aside
 
 
+def has_config(path: Path) -> bool:
+    """Whether a directory holds a run's configuration, so that training can resume there without another."""
+    return (Path(path) / "config.json").exists()
+
+
 def read_config(path: Path) -> dict[str, Any] | None:
     """The configuration stored in a run directory, by dotted names; None if there is none.
 
