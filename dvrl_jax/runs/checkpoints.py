@@ -8,6 +8,7 @@ belongs to the episodes under way (`actor`, `window`) is left out, and training 
 
 import contextlib
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import process
+from dvrl_jax.runs.run_directory import PROBE
 from dvrl_jax.train_state import TrainState
 
 EPISODE_FIELDS = ("actor", "window")
@@ -62,6 +64,13 @@ class Checkpoints:
         )
         self.directory = Path(directory).absolute()
         self._failed = False
+        try:
+            str(self.directory).encode()
+        except UnicodeEncodeError:
+            said = (
+                "its name cannot be written in this locale's encoding: set LC_ALL=C.UTF-8, or use ASCII letters alone"
+            )
+            raise RunError(f"{str(self.directory)!a}: {said}") from None
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         if self.directory.exists() and not self.directory.is_dir():
             raise RunError(f"{self.directory}: cannot be used as the directory of checkpoints (it is a file)")
@@ -96,13 +105,42 @@ class Checkpoints:
         process.return_free_memory()
         # Copies: the state's own buffers are donated to the next call of the training program.
         arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state, with_episodes).items()}
+        self._write(int(state.update), arrays, result, extra | {"with_episodes": with_episodes})
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], result: float | None, extra: dict[str, Any]) -> None:
         metrics = {"result.true": float("-inf") if result is None else result}
-        extra = extra | {"with_episodes": with_episodes, "format": FORMAT}
+        extra = extra | {"format": FORMAT}
         extra["arrays"] = {name: _describe(array) for name, array in arrays.items()}
         extra["checksum"] = _checksum(extra)
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
         with self._writing():
-            self._manager.save(int(state.update), args=items, metrics=metrics, force=True)
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def try_out(self) -> None:
+        """Writes, reads back and deletes a small checkpoint: what would fail when saving fails now, before training.
+
+        Raises:
+            RunError: no checkpoint can be written there, or none be read back.
+        """
+        folder, arrays = self.directory / PROBE, {"probe": np.arange(3.0, dtype=np.float32)}
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with contextlib.closing(Checkpoints(folder, keep=1)) as probe:
+                probe._write(0, arrays, None, {"with_episodes": False})
+                probe.wait()
+                probe._read_arrays(0, probe._read_extra(0), arrays)
+        except _Damaged as error:
+            raise RunError(f"{self.directory}: a checkpoint written there cannot be read back ({error})") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def check_space(self, state: TrainState, with_episodes: bool) -> None:
+        """Raises RunError if the disk has less space left than a checkpoint of this state takes at most."""
+        needed = sum(leaf.nbytes for leaf in _named_leaves(state, with_episodes).values())
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            said = f"a checkpoint takes up to {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left"
+            raise RunError(f"{self.directory}: {said}")
 
     def restore(self, template: TrainState) -> Restored | None:
         """Restores the newest checkpoint that is intact into the shape of `template`; None if there is none at all.

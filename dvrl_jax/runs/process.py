@@ -7,11 +7,13 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dvrl_jax.runs.config import has_particles, sees_images
+from dvrl_jax.runs.waiting import CLEAR
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # One of them comes with jax[cuda12] or jax[cuda13].
@@ -150,3 +152,35 @@ def answering(handler: Any) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def leaving(clean_up: Callable[[], str]) -> Iterator[None]:
+    """Within it, a signal that stops a process ends it at once with exit code 128 + signal, after `clean_up`.
+
+    Also while the main thread is in a library that returns late, such as a compiler: Python's own handlers would wait
+    for it, so another thread reads the signal's number. What `clean_up` returns is said to the user.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def leave() -> None:
+        while received := os.read(reader, 1):
+            if received[0] in STOPPING:
+                name, gone = signal.Signals(received[0]).name, contextlib.suppress(OSError)
+                said = clean_up()
+                with gone:  # The terminal may have been closed. Its line may show what was waited for: clear it.
+                    os.write(2, f"{CLEAR if os.isatty(2) else ''}stopped by {name} {said}\n".encode())
+                os._exit(128 + received[0])
+
+    thread = threading.Thread(target=leave, daemon=True)
+    with answering(lambda signum, frame: None):
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+            thread.join()
+            os.close(reader)

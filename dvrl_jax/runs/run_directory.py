@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 from dvrl_jax.errors import RunError
 
 SAVED_RUNS = Path("saved_runs")
+
+PROBE = "probe"  # Directory below a run's checkpoints in which saving is tried.
 
 # What is measured of a run, besides metrics.jsonl, by training and by the programs that read it.
 MEASURED = ("reconstructions", "tensorboard", "wandb", "wandb_id", "evaluation-*.json", "probe-*.json", "causes-*.json")
@@ -47,14 +50,16 @@ def next_directory(root: Path = SAVED_RUNS) -> Path:
 class RunDirectory:
     """One run's files. Holds an exclusive lock on the directory until closed or until the process ends."""
 
-    def __init__(self, path: Path):
-        """Opens or creates the directory.
+    def __init__(self, path: Path, is_new: bool = False):
+        """Opens or creates the directory; `is_new` says that this process has just created it.
 
         Raises:
             RunError: it cannot be written, is in use by another process, or holds something else.
         """
         self.path = Path(path)
+        self._made = [self.path] if is_new else []  # Directories, the innermost first.
         try:
+            self._made += [place for place in (self.path, *self.path.parents) if not place.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held until closed)
         except OSError as error:
@@ -92,6 +97,19 @@ class RunDirectory:
 
     def close(self) -> None:
         self._lock.close()
+
+    def discard(self) -> str:
+        """Removes what this process has made here if nothing was saved yet. Returns what to tell the user about it."""
+        if has_config(self.path):
+            return f"before the first update: the run in {self.path} is as it was"
+        with contextlib.suppress(OSError):
+            (self.path / ".lock").unlink(missing_ok=True)
+            shutil.rmtree(self.path / "checkpoints" / PROBE, ignore_errors=True)
+            for place in (self.path / "checkpoints", *self._made):
+                if place.exists():
+                    place.rmdir()  # Not if somebody has put something there.
+        removed = "" if self.path.exists() else f", and {self.path} was removed"
+        return f"before the first update: nothing was saved{removed}"
 
     def write_config(self, text: str) -> None:
         """Writes config.json in one step.

@@ -76,13 +76,16 @@ def train(
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
     compilation.check_precision()
-    with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
+    folder, keep = run.path / "checkpoints", config.checkpoint.keep
+    with _beginning(run) as beginning, contextlib.closing(checkpoints.Checkpoints(folder, keep)) as saver:
+        saver.try_out()
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
         with waiting.waiting("making the environments and the weights"):
             env = envs.make_env(config.env, config.num_envs, seed)
             learner = make_learner(config, env)
             with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
                 state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
+        saver.check_space(state, env.restorable)
         _describe(run, config, state, print_config)
         wall_time = 0.0
         restored = saver.restore(state)
@@ -96,21 +99,35 @@ def train(
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
             return state
         writer = _Writer(run, config, learner, saver, env.restorable, wall_time)
-        return writer.train(_compile(learner, config, state, env.restorable, use_cache), state)
+        program = _compile(learner, config, state, env.restorable, use_cache)
+        beginning.close()
+        return writer.train(program, state)
+
+
+def _beginning(run: run_directory.RunDirectory) -> contextlib.ExitStack:
+    """Until it is closed, nothing was saved: a signal ends the process at once, and like an error leaves nothing."""
+
+    def discard(kind, error, trace) -> None:
+        if kind is not None:
+            run.discard()
+
+    stack = contextlib.ExitStack()
+    stack.push(discard)
+    stack.enter_context(process.leaving(run.discard))
+    return stack
 
 
 def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable: bool, use_cache: bool):
     """The compiled program for `learner.run`, ready to be called.
 
-    Ahead of the first call, so that compile time is known as such and no step is taken by it. There is nothing to save
-    yet, and Python would answer no signal before the compiler returns: let the system answer.
+    Ahead of the first call, so that compile time is known as such and no step is taken by it.
 
     Raises:
         RunError: it does not fit into memory.
     """
     # Only programs without EnvPool in them can be found again in the compilation cache.
     compiling = waiting.waiting("compiling the program of training")
-    with compiling, process.answering(signal.SIG_DFL), compilation.cached(use_cache and restorable):
+    with compiling, compilation.cached(use_cache and restorable):
         program = compilation.jit(learner.run, config, use_cache).lower(state, jnp.int32(1)).compile()
     compilation.check_memory(program)
     process.settle(config)
@@ -248,5 +265,6 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
             loggers.import_wandb()
     elif workdir is None or not (workdir / "config.json").exists():
         raise ConfigError("--config: is needed to start a new run")
-    run = run_directory.RunDirectory(run_directory.next_directory() if workdir is None else workdir)
+    is_new = workdir is None
+    run = run_directory.RunDirectory(run_directory.next_directory() if is_new else workdir, is_new)
     return run, resolve_config(run, config, overrides)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+CLEAR = "\r\033[K"  # Back to the beginning of a terminal's line, which becomes empty.
+
 
 @contextlib.contextmanager
 def waiting(what: str, stream: Any = None) -> Iterator[None]:
@@ -36,5 +38,5 @@ def waiting(what: str, stream: Any = None) -> Iterator[None]:
         over.set()
         thread.join()
         with contextlib.suppress(OSError, ValueError):
-            stream.write("\r\033[K")
+            stream.write(CLEAR)
             stream.flush()

@@ -306,6 +306,12 @@ with contextlib.closing(checkpoints.Checkpoints(sys.argv[1], keep=1)) as saver:
     state = State(np.int32(1), np.random.default_rng(0).normal(size=100_000))
     saver.save(state, True, 0.0, {})
     saver.wait()
+    saver.try_out()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+    try:
+        saver.try_out()
+    except RunError as error:
+        print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
         saver.save(state._replace(update=np.int32(2)), True, 0.0, {})
@@ -323,9 +329,29 @@ def test_a_checkpoint_larger_than_allowed_keeps_the_last_one(tmp_path):
     command = [sys.executable, "-c", FILE_SIZE_LIMIT, tmp_path / "checkpoints"]
     result = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    error, restored = result.stdout.strip().splitlines()
+    before_training, error, restored = result.stdout.strip().splitlines()
+    assert "could not be written" in before_training and not (tmp_path / "checkpoints" / "probe").exists()
     assert "could not be written" in error and error.endswith(f"{tmp_path}/checkpoints/1")
     assert restored == "(100000,) 1"
+
+
+def test_what_would_fail_when_saving_fails_before_training(tmp_path, states, monkeypatch):
+    with pytest.raises(RunError, match=r"cannot be written in this locale's encoding: set LC_ALL=C.UTF-8"):
+        checkpoints.Checkpoints(tmp_path / "l\udcc3\udca4uft", keep=1)
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path, keep=1)) as saver:
+        saver.check_space(states[60], with_episodes=True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9000, 8999, 1000))
+        with pytest.raises(RunError, match=r"a checkpoint takes up to [\d.]+ MB, and the disk has 0.0 MB left"):
+            saver.check_space(states[60], with_episodes=True)
+        other = np.ones(3, np.float32)
+        monkeypatch.setattr(saver.__class__, "_read", lambda self, step, **item: {"probe": other})
+        monkeypatch.setattr(saver.__class__, "_read_extra", lambda self, step: {"arrays": {"probe": WRITTEN}})
+        with pytest.raises(RunError, match=r"cannot be read back \(probe: is not what was written\)"):
+            saver.try_out()
+    assert list(tmp_path.iterdir()) == []
+
+
+WRITTEN = {"dtype": "float32", "shape": [3], "crc32": 0}
 
 
 def test_a_read_only_directory(original, disk):
