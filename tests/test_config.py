@@ -57,6 +57,7 @@ IMPOSSIBLE = [
     ("env.name", "Pnog", "did you mean Pong"),
     ("env.name", "MountainHike", "model.channels"),
     ("env.p_blank", 1.5, "probability"),
+    ("env.frame_skip", 108_001, "at most 108,000, the frames after which"),
     ("model.channels", (32, 64), "3 channel counts"),
     ("model.channels", (32, 0, 32), "at least 1"),
     ("loss.gamma", 1.1, "between 0 and 1"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
 from dvrl_jax.envs.batched import BatchedEnvironment, EnvState
+from dvrl_jax.errors import ConfigError
 
 Array = jax.Array
 
@@ -68,6 +69,12 @@ class Atari(BatchedEnvironment):
     settings = {"frame_skip": 4, "first_core": -1}
     observation = ObservationSpec((FRAME_SIZE, FRAME_SIZE, 1), jnp.uint8)
     restorable = False
+
+    @classmethod
+    def check(cls, config) -> None:
+        if config.env.frame_skip > MAX_FRAMES:
+            said = f"at most {MAX_FRAMES:,}, the frames after which a game of Atari is cut off"
+            raise ConfigError(f"env.frame_skip = {config.env.frame_skip}: must be {said}")
 
     @classmethod
     def from_config(cls, config, num_envs: int, seed: int) -> "Atari":

@@ -62,6 +62,11 @@ class Task(abc.ABC):
     steps_per_second: float = 15.0
 
     @classmethod
+    def check(cls, config) -> None:
+        """Raises ConfigError if a field of a configuration is beyond what this environment allows."""
+        del config
+
+    @classmethod
     def painter(cls) -> Any:
         """Who draws it, a `pictures.Painter`; None leaves that to whoever draws images, and vectors undrawn."""
         return None

@@ -357,6 +357,7 @@ def _check_kinds(c: ConfigDict) -> None:
     kind, own = envs.find(c.env.name), sorted(envs.named())
     close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
+    kind.check(c)
     try:
         shape = kind.observation_of(c.env).shape
     except ValueError as error:
