@@ -63,6 +63,7 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Batch
 
 __all__ = [
     "ActionSpec",
+    "Atari",
     "Batched",
     "BatchedEnvironment",
     "EnvState",

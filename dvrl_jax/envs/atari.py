@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dvrl_jax import memory
 from dvrl_jax.envs.base import ActionSpec, ObservationSpec
 from dvrl_jax.envs.batched import BatchedEnvironment, EnvState
 from dvrl_jax.errors import ConfigError
@@ -21,6 +22,7 @@ FRAME_SIZE = 84
 STICKY_ACTIONS = 0.25
 MAX_NOOPS = 30
 FRAMES_PER_SECOND = 60  # Of the console.
+BYTES_PER_GAME = 1_000_000  # What an emulator takes, measured with 128 of them.
 MAX_FRAMES = 108_000  # Of the emulator, half an hour: a longer game is cut off, as is usual for Atari.
 
 
@@ -85,6 +87,9 @@ class Atari(BatchedEnvironment):
         return cls.observation
 
     def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4, first_core: int = -1):
+        needed, there = num_envs * BYTES_PER_GAME, memory.free_of_host()
+        if there is not None and needed > there:
+            raise ValueError(f"they need {memory.gigabytes(needed)} of memory, and {memory.gigabytes(there)} are free")
         self.num_envs, self.steps_per_second = num_envs, FRAMES_PER_SECOND / frame_skip
         self._pool = make_pool(game, num_envs, seed, frame_skip, first_core)
         self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
@@ -92,8 +97,8 @@ class Atari(BatchedEnvironment):
 
     def reset(self, key: Array) -> EnvState:
         """Starts new games. The key is not used: EnvPool has its own generators, seeded when it is made."""
-        del key
-        self._pool.async_reset()
+        if not isinstance(key, jax.core.Tracer):  # Not where only shapes are asked for.
+            self._pool.async_reset()
         handle, (obs, *_) = jax.jit(self._recv)(jnp.asarray(self._handle))
         return EnvState.begin((handle, jnp.zeros(self.num_envs, bool)), _to_nhwc(obs))
 

@@ -11,6 +11,7 @@ import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
+from dvrl_jax import memory
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs.config import has_particles, sees_images
 
@@ -56,7 +57,7 @@ def check_precision() -> None:
 
 
 def check_memory(program: jax.stages.Compiled) -> None:
-    """Makes sure that a program, its arguments included, fits into the memory of the device, before it is called.
+    """Makes sure that what a program needs besides its arguments fits into the device, before it is called.
 
     Linux would grant more than there is and kill the process, or another one, when it is used.
 
@@ -64,23 +65,14 @@ def check_memory(program: jax.stages.Compiled) -> None:
         RunError: it does not.
     """
     sizes = program.memory_analysis()
-    if sizes is None:
-        return
-    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-    needed += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    known = jax.devices()[0].memory_stats() or {}
-    there = known.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise RunError(f"training needs {needed / 1e9:.1f} GB of memory, and there are {there / 1e9:.1f}; {_LESS}")
+    if sizes is not None:
+        memory.check_size(sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
 
 
 def lack_of_memory(error: jax.errors.JaxRuntimeError) -> RunError | None:
     """What to say if an error of JAX's is that memory could not be had; None if it is another one."""
     said = re.search(r"Out of memory.*", str(error))
-    return RunError(f"{said[0].rstrip('.')}; {_LESS}") if said else None
-
-
-_LESS = "fewer environments, particles, segments of a window or units of the model take less"
+    return RunError(f"{said[0].rstrip('.')}; {memory.LESS}") if said else None
 
 
 @functools.cache

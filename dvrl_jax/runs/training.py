@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import envs, networks
+from dvrl_jax import envs, memory, networks
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory, waiting
@@ -83,6 +83,10 @@ def train(
         with waiting.waiting("making the environments and the weights"):
             env = envs.make_env(config.env, config.num_envs, seed)
             learner = make_learner(config, env)
+            if (
+                env.restorable or envs.find(config.env.name) is envs.Atari
+            ):  # Others may act in a `reset` that is traced.
+                memory.check(jax.eval_shape(learner.init, jax.random.PRNGKey(seed)))
             with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
                 state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
         saver.check_space(state, env.restorable)
