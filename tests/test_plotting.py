@@ -128,6 +128,14 @@ def test_a_run_that_is_named_twice_is_drawn_once(tmp_path):
     assert "seeds" not in (tmp_path / "x.svg").read_text()
 
 
+def test_a_curve_can_be_seen_without_leaving_the_terminal(tmp_path):
+    write_run(tmp_path / "1", [10, 20], [1.0, 2.0])
+    write_run(tmp_path / "2", [10, 20], [3.0, 4.0], seed=1)
+    result = plot(tmp_path, "--id=1,2", "--text")
+    assert result.returncode == 0 and result.stdout.startswith("result.true, rnn (2 seeds)\n3 |"), result.stderr
+    assert result.stdout.endswith("20 steps\n") and not list(tmp_path.glob("plots/*"))
+
+
 def test_plots_of_many_runs_have_a_name_that_files_can_have(tmp_path):
     assert plotting.name_of([tmp_path / "1", tmp_path / "2"], ["a.b", "c"]) == "1_2-a.b_c"
     assert plotting.name_of([tmp_path / str(i) for i in range(1000, 1090)], ["a"]) == "1000_to_1089-a"

@@ -15,11 +15,12 @@ SMOOTH = flags.DEFINE_integer("smooth", 1, "Average over this many log lines; 1 
 OUT = flags.DEFINE_string(
     "out", None, "File name without ending; PNG and SVG are written. Default: plots/<runs>-<metrics>."
 )
+TEXT = flags.DEFINE_boolean("text", False, "Draw in the terminal, and write no files.")
 
 
 def main() -> int:
     from dvrl_jax.runs import config
-    from dvrl_jax.viewing import plotting
+    from dvrl_jax.viewing import plotting, text_curves
 
     paths = [Path(ROOT.value) / number for number in IDS.value if number]
     paths += [Path(name) for name in WORKDIRS.value if name]
@@ -32,6 +33,12 @@ def main() -> int:
     loaded = [plotting.load_run(path, defaults) for path in paths]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
+    if TEXT.value:
+        for metric in METRICS.value:
+            for label, group in plotting.group_runs(loaded).items():
+                curve = plotting.curve(label, group, metric, SMOOTH.value)
+                text_curves.show(f"{metric}, {curve.label}", curve.steps, curve.mean)
+        return 0
     name = f"plots/{plotting.name_of(paths, METRICS.value)}" if OUT.value is None else OUT.value
     name = name.removesuffix(".png").removesuffix(".svg")
     if not name or name.endswith(("/", ".")):

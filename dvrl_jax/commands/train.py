@@ -1,5 +1,6 @@
 """Trains an agent: dvrl-train --config=pong_dvrl [--workdir=DIR] [--config.group.field=value ...]"""
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -37,6 +38,10 @@ def main() -> int:
         training.train(run, config, CACHE.value, PRINT_CONFIG.value)
     except training.Interrupted as stop:
         return 128 + stop.signum
+    if sys.stdout.isatty():
+        from dvrl_jax.viewing import text_curves
+
+        text_curves.show("result.true", *run_directory.read_curve(run.path, "result.true"))
     return 0
 
 

@@ -238,6 +238,12 @@ def column(lines: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     return [math.nan if line.get(name) is None else line[name] for line in lines]
 
 
+def read_curve(path: Path, name: str) -> tuple[list[float], list[float]]:
+    """Environment steps and the values there of one metric of a run. Raises RunError as `read_metrics`."""
+    lines = read_metrics(path)
+    return column(lines, "env_steps"), column(lines, name)
+
+
 def _as_text(line: Mapping[str, Any]) -> str:
     """A line of metrics.jsonl; NaN and inf become null."""
     finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
