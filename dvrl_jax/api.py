@@ -158,8 +158,9 @@ class Train:
             with compilation.cached(self.env.restorable):
                 for call in loop.train(held, state, self.config, lambda state: end - int(state.update)):
                     held.state = call.state
-                    if "final" not in call.line:
-                        history.append(call.line)
+                    line = call.lines[0]
+                    if "final" not in line:
+                        history.append(line)
         except (KeyboardInterrupt, RunError) as error:
             error.state, error.history = held.state, history
             raise

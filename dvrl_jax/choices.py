@@ -29,6 +29,7 @@ class Choices:
         unroll: write out up to so many steps of the loop over particles.
         unroll_segment: write out a segment's steps up to this number. What a step leaves for learning then stays where
             it was computed, instead of being copied into arrays over all steps and back.
+        seeds_together: several seeds of one program (`seeds.py`) are trained side by side, not one after the other.
     """
 
     lineages: bool = True
@@ -38,6 +39,7 @@ class Choices:
     conditionals: bool = True
     unroll: int = 1
     unroll_segment: int = 8
+    seeds_together: bool = False
 
     @classmethod
     def of(cls, platform: str) -> "Choices":
@@ -53,11 +55,13 @@ class Choices:
             transposed_kernels=False,
             conditionals=not gpu,
             unroll=16 if gpu else 1,
+            seeds_together=True,
         )
 
     def for_seeds(self) -> "Choices":
         """The same for a program that is vmapped over seeds: no loop has a length that depends on the data."""
-        return dataclasses.replace(self, lineages=False, distinct=False, conditionals=False)
+        together = {"lineages": False, "distinct": False, "conditionals": False, "seeds_together": True}
+        return dataclasses.replace(self, **together)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

@@ -101,15 +101,17 @@ class Learner:
         """`num_updates` updates, which is data: one compiled program serves any number."""
         return jax.lax.fori_loop(0, num_updates, lambda _, state: self.update(state), state)
 
-    def init(self, key: Array) -> TrainState:
+    def init(self, key: Array, env: BatchedEnvironment | None = None) -> TrainState:
         """Fresh weights, fresh episodes, counters at 0.
 
+        `env`: whose episodes these are, where one seed of several has environments of its own (`of_seed`).
         Raises:
             RunError: the environment is not as `BatchedEnvironment` says.
         """
         agent_key, env_key, train_key = jax.random.split(key, 3)
-        env_state = self.env.reset(env_key)
-        envs.check(self.env, env_state)
+        env = env or self.env
+        env_state = env.reset(env_key)
+        envs.check(env, env_state)
         return self.restart(self._untrained(agent_key, train_key), env_state)
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -1,8 +1,9 @@
 """Running statistics kept on the device as part of the training state: finished episodes and averaged metrics."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +150,23 @@ class Metrics(NamedTuple):
     def culprits(self) -> list[str]:
         """Names of the metrics that were NaN or inf in some update since the last log line."""
         return sorted(name for name, count in self.not_finite.items() if int(count))
+
+
+def over_seeds(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The log line of several seeds, from one of each: means, and standard errors as `<name>.standard_error`.
+
+    Of a single one, the line itself. Means are over the seeds that have a number; `num_seeds` is how many lines there
+    were. `update` is the seeds' common one, `env_steps` the least.
+    """
+    if len(lines) == 1 and "num_seeds" not in lines[0]:
+        return dict(lines[0])
+    result: dict[str, Any] = {"update": lines[0]["update"], "env_steps": min(line["env_steps"] for line in lines)}
+    result["num_seeds"] = len(lines)
+    for name in lines[0]:
+        if name in ("update", "env_steps", "final"):
+            continue
+        values = [line[name] for line in lines if line.get(name) is not None and math.isfinite(line[name])]
+        result[name] = sum(values) / len(values) if values else None
+        if len(values) > 1 and name not in ("wall_time", "obs.fps"):
+            result[f"{name}.standard_error"] = statistics.stdev(values) / math.sqrt(len(values))
+    return result | ({"final": True} if lines[0].get("final") else {})

@@ -1,5 +1,7 @@
 """Environments by name. A new one is a module here, with a class that says its `name`."""
 
+from collections.abc import Sequence
+
 from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
@@ -41,10 +43,11 @@ def as_batch(env: Environment | BatchedEnvironment, num_envs: int) -> BatchedEnv
     return Batched(env, num_envs) if kind is Environment else env
 
 
-def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> BatchedEnvironment:
+def make_env(config, num_envs: int, seed: int | Sequence[int], keep_view: bool = False) -> BatchedEnvironment:
     """Makes the environments that `config` (the `env` group of a configuration) describes.
 
-    With `keep_view`, `BatchedEnvironment.view` shows the true state also where observations are blanked.
+    `seed` may be several, for as many seeds of one program (see `BatchedEnvironment.for_seeds`). With `keep_view`,
+    `BatchedEnvironment.view` shows the true state also where observations are blanked.
 
     Raises:
         RunError: they cannot be made so, or lack an attribute of their interface.
@@ -54,7 +57,11 @@ def make_env(config, num_envs: int, seed: int, keep_view: bool = False) -> Batch
     kind = find(config.name)
     try:
         one = issubclass(kind, Environment)
-        env = kind.from_config(config) if one else kind.from_config(config, num_envs, seed)
+        env = (
+            kind.from_config(config)
+            if one
+            else kind.for_seeds(config, num_envs, [seed] if isinstance(seed, int) else seed)
+        )
     except ValueError as error:
         raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
     env = as_batch(env, num_envs)

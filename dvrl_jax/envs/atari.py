@@ -6,7 +6,9 @@ episode's first frame with reward 0. `EnvState.valid` is False for that call.
 Emulator state cannot be saved: a resumed run starts new games.
 """
 
+import copy
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +66,9 @@ def make_pool(game: str, num_envs: int, seed: int, frame_skip: int, first_core: 
 class Atari(BatchedEnvironment):
     """`num_envs` copies of one game: grey 84x84 frames, clipped rewards, a life an episode, sticky actions.
 
-    `EnvState.inner` is (handle, done): EnvPool's handle, which must be threaded from call to call, and the `done` of
-    the last call, which tells a late reset.
+    For several seeds of one program it has as many pools of games. `EnvState.inner` is (place, handle, done): which
+    pool is the seed's, EnvPool's handle, which must be threaded from call to call, and the `done` of the last call,
+    which tells a late reset.
     """
 
     settings = {"frame_skip": 4, "first_core": -1}
@@ -80,36 +83,71 @@ class Atari(BatchedEnvironment):
 
     @classmethod
     def from_config(cls, config, num_envs: int, seed: int) -> "Atari":
-        return cls(config.name, num_envs, seed, config.frame_skip, config.first_core)
+        return cls.for_seeds(config, num_envs, [seed])
+
+    @classmethod
+    def for_seeds(cls, config, num_envs: int, seeds: Sequence[int]) -> "Atari":
+        return cls(config.name, num_envs, seeds, config.frame_skip, config.first_core)
 
     @classmethod
     def observation_of(cls, config) -> ObservationSpec:
         return cls.observation
 
-    def __init__(self, game: str, num_envs: int, seed: int, frame_skip: int = 4, first_core: int = -1):
-        needed, there = num_envs * BYTES_PER_GAME, memory.free_of_host()
+    def __init__(self, game: str, num_envs: int, seed: int | Sequence[int], frame_skip: int = 4, first_core: int = -1):
+        seeds = [seed] if isinstance(seed, int) else seed
+        needed, there = len(seeds) * num_envs * BYTES_PER_GAME, memory.free_of_host()
         if there is not None and needed > there:
             raise ValueError(f"they need {memory.gigabytes(needed)} of memory, and {memory.gigabytes(there)} are free")
         self.num_envs, self.steps_per_second = num_envs, FRAMES_PER_SECOND / frame_skip
-        self._pool = make_pool(game, num_envs, seed, frame_skip, first_core)
-        self.action = ActionSpec(discrete=True, size=int(self._pool.action_space.n))
-        self._handle, self._recv, self._send, _ = self._pool.xla()
+        self._pools = [make_pool(game, num_envs, each, frame_skip, first_core) for each in seeds]
+        self._calls = [pool.xla() for pool in self._pools]  # (handle, recv, send, step) each.
+        self.action = ActionSpec(discrete=True, size=int(self._pools[0].action_space.n))
+        self._place, self._step_pool = 0, self._make_step()
+
+    def _make_step(self) -> Callable:
+        """A step of one pool's games: (place [], handle, actions [B]) -> EnvPool's (handle, outcome).
+
+        Under `vmap` over seeds there is no vmapped step: the pools are called one by one.
+        """
+
+        def of_pool(recv, send, handle, action):
+            return recv(send(handle, action, jnp.arange(self.num_envs, dtype=jnp.int32)))
+
+        steps = [functools.partial(of_pool, recv, send) for _, recv, send, _ in self._calls]
+        if len(steps) == 1:
+            return lambda place, *arguments: steps[0](*arguments)
+        step = jax.custom_batching.custom_vmap(lambda place, *arguments: jax.lax.switch(place, steps, *arguments))
+
+        @step.def_vmap
+        def of_all(axis_size, in_batched, place, handle, action):
+            del in_batched  # All of them: each seed has its own.
+            each = [jax.lax.switch(place[i], steps, handle[i], action[i]) for i in range(axis_size)]
+            outcomes = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+            return outcomes, jax.tree.map(lambda _: True, outcomes)
+
+        return step
+
+    def of_seed(self, place: int) -> "Atari":
+        other = copy.copy(self)
+        other._place = place
+        return other
 
     def reset(self, key: Array) -> EnvState:
         """Starts new games. The key is not used: EnvPool has its own generators, seeded when it is made."""
         if not isinstance(key, jax.core.Tracer):  # Not where only shapes are asked for.
-            self._pool.async_reset()
-        handle, (obs, *_) = jax.jit(self._recv)(jnp.asarray(self._handle))
-        return EnvState.begin((handle, jnp.zeros(self.num_envs, bool)), _to_nhwc(obs))
+            self._pools[self._place].async_reset()
+        handle, recv, *_ = self._calls[self._place]
+        handle, (obs, *_) = jax.jit(recv)(jnp.asarray(handle))
+        return EnvState.begin((jnp.int32(self._place), handle, jnp.zeros(self.num_envs, bool)), _to_nhwc(obs))
 
     def step(self, state: EnvState, action: Array) -> EnvState:
         """Takes actions [B] int32; obs are uint8 [B, 84, 84, 1]. After the end of an episode none is taken."""
-        handle, was_done = state.inner
-        handle = self._send(handle, action.astype(jnp.int32), jnp.arange(self.num_envs, dtype=jnp.int32))
-        handle, (obs, reward, terminated, truncated, info) = self._recv(handle)
+        place, handle, was_done = state.inner
+        handle, outcome = self._step_pool(place, handle, action.astype(jnp.int32))
+        obs, reward, terminated, truncated, info = outcome
         done, obs = terminated | truncated, _to_nhwc(obs)
         return EnvState(
-            inner=(handle, done),
+            inner=(place, handle, done),
             obs=obs,
             reward=jnp.where(was_done, 0.0, reward),
             done=done & ~was_done,

@@ -1,6 +1,7 @@
 """Batches of environments, stepped inside the compiled program: arrays have the environments on their first axis."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +96,23 @@ class BatchedEnvironment(Task):
             ValueError: it cannot be made so; the message says why.
         """
         raise ValueError("its class has no from_config")
+
+    @classmethod
+    def for_seeds(cls, config, num_envs: int, seeds: Sequence[int]) -> "BatchedEnvironment":
+        """Makes it for several seeds of one program, each with `num_envs` environments; here, one that serves them all.
+
+        Raises:
+            ValueError: it cannot be made so; the message says why.
+        """
+        env = cls.from_config(config, num_envs, seeds[0])
+        if len(seeds) > 1 and not env.restorable:
+            raise ValueError("its state is not all in EnvState, so it serves a single seed")
+        return env
+
+    def of_seed(self, place: int) -> "BatchedEnvironment":
+        """The one whose `reset` begins the episodes of the seed in that place; here, of any seed."""
+        del place
+        return self
 
     @classmethod
     def observation_of(cls, config) -> ObservationSpec:

@@ -1,5 +1,6 @@
 """Wrappers of batched environments."""
 
+import copy
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ class Flicker(BatchedEnvironment):
         self.name, self.settings, self.painter = env.name, env.settings, env.painter
         self.num_envs, self.observation, self.action = env.num_envs, env.observation, env.action
         self.restorable, self.steps_per_second = env.restorable, env.steps_per_second
+
+    def of_seed(self, place: int) -> "Flicker":
+        other = copy.copy(self)
+        other.env = self.env.of_seed(place)
+        return other
 
     def reset(self, key: Array) -> EnvState:
         env_key, key = jax.random.split(key)

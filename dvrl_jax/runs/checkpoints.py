@@ -134,16 +134,18 @@ class Checkpoints:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def check_space(self, state: TrainState, with_episodes: bool) -> None:
-        """Raises RunError if the disk has less space left than a checkpoint of this state takes at most."""
-        needed = sum(leaf.nbytes for leaf in _named_leaves(state, with_episodes).values())
+    def check_space(self, state: TrainState, with_episodes: bool, count: int = 1) -> None:
+        """Raises RunError if the disk has less space left than `count` checkpoints of this state take at most."""
+        needed = count * sum(leaf.nbytes for leaf in _named_leaves(state, with_episodes).values())
         free = shutil.disk_usage(self.directory).free
         if needed > free:
             said = f"a checkpoint takes up to {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left"
             raise RunError(f"{self.directory}: {said}")
 
-    def restore(self, template: TrainState) -> Restored | None:
+    def restore(self, template: TrainState, newest: int | None = None) -> Restored | None:
         """Restores the newest checkpoint that is intact into the shape of `template`; None if there is none at all.
+
+        With `newest`, later ones than that update do not count; they go, since training will get there again.
 
         Newer, damaged ones are renamed to `<update>.damaged`, so that nothing is overwritten, and reported.
 
@@ -151,6 +153,9 @@ class Checkpoints:
             RunError: no checkpoint is intact, or the newest intact one does not fit this configuration.
         """
         damaged = {}
+        for step in self._manager.all_steps() if newest is not None else ():
+            if step > newest:
+                self._manager.delete(step)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 extra = self._read_extra(step)

@@ -60,8 +60,9 @@ def check_made(config: Any, maker: str) -> None:
 
 
 def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, by dotted name, that runs to be averaged share: without the seed and what is `is_changeable`."""
-    return {field: value for field, value in fields.items() if field != "seed" and not is_changeable(field)}
+    """The fields, by dotted name, that runs to be averaged share: without seeds and what is `is_changeable`."""
+    own = lambda field: field not in ("seed", "num_seeds") and not is_changeable(field)
+    return {field: value for field, value in fields.items() if own(field)}
 
 
 def check_fields(names: Iterable[str], config: ConfigDict) -> None:
@@ -218,6 +219,15 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def seed_directories(path: Path) -> list[Path]:
+    """The directories of a run's seeds, each a run by itself; of a single seed, the run's own."""
+    fields = run_directory.read_config(path) or {}
+    number, first = fields.get("num_seeds", 1), fields.get("seed", 0)
+    if not (type(number) is int and type(first) is int and number > 1):
+        return [path]
+    return [path / f"seed{seed}" for seed in range(first, first + number)]
+
+
 def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
     from dvrl_jax import envs
@@ -280,12 +290,12 @@ def finalise(config: ConfigDict) -> ConfigDict:
 
 # The least values of fields, and the largest of sizes and of what is counted in 32 bits.
 _AT_LEAST = {
-    1: "total_env_steps num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles "
-    "log.interval checkpoint.keep max_skipped_updates",
+    1: "total_env_steps num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim "
+    "model.num_particles log.interval checkpoint.keep max_skipped_updates",
     0: "env.observation_std model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
     "log.save_reconstruction_interval",
 }
-_SIZES = "num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles"
+_SIZES = "num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles"
 _SIZES += " model.action_encoding"
 _COUNTS = "max_skipped_updates log.interval checkpoint.interval checkpoint.keep"
 
@@ -318,6 +328,7 @@ def _check_values(c: ConfigDict) -> None:
     for field in _COUNTS.split():
         require(field, fields[field] < 2**31, "less than 2**31")
     require("seed", 0 <= c.seed < 2**31, "between 0 and 2147483647")
+    require("num_seeds", c.seed + c.num_seeds <= 2**31, "so small that no seed is above 2147483647")
     # Steps are counted in unsigned, updates in signed integers of 32 bits, and the last update may go too far.
     per_update = c.num_envs * c.num_steps
     largest = min(2**32 - per_update, (2**31 - 1) * per_update)

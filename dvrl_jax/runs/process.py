@@ -36,6 +36,7 @@ def prepare(config) -> None:
     """
     if not has_particles(config) and not sees_images(config) and not may_use_gpu():
         spare_threads()
+        divide_seeds(config.num_seeds)
 
 
 def settle(config) -> None:
@@ -70,6 +71,17 @@ def spare_threads() -> None:
     XLA reads) stays.
     """
     os.environ.setdefault("NPROC", "1")
+
+
+def divide_seeds(num_seeds: int) -> None:
+    """Makes JAX see as many CPU devices as there are cores for the seeds, where each of them has one thread.
+
+    It works before JAX's first computation only, and a number that the user has set in XLA_FLAGS stays.
+    """
+    if num_seeds > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", min(num_seeds, len(os.sched_getaffinity(0))))
 
 
 def keep_one_heap() -> None:

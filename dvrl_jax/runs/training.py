@@ -1,6 +1,7 @@
 """Training from the outside: run directory, log lines, checkpoints, signals. The mathematics is in `a2c.py`."""
 
 import contextlib
+import math
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import envs, memory, networks
+from dvrl_jax import envs, memory, networks, seeds, statistics
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory, waiting
@@ -19,6 +20,7 @@ from dvrl_jax.runs import config as config_lib
 from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import reconstructions
 
+STOPPED = "stopped.txt"  # In the directory of a seed that has stopped while others went on: why.
 # After so many updates in a row without a single step that counts, something is wrong with the environment.
 MAX_UPDATES_WITHOUT_STEPS = 100
 
@@ -68,56 +70,127 @@ def train(
 ) -> TrainState:
     """Trains in a run directory, from its newest checkpoint if it has one, to `config.total_env_steps`.
 
+    With `config.num_seeds`, each seed has a directory of its own in there, which is a run like any other.
     `use_cache` allows the persistent compilation cache; `print_config` prints also what is as by default.
 
-    Returns the final state.
+    Returns the final state; of several seeds, as `seeds.stack` makes it.
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
     compilation.check_precision()
-    folder, keep = run.path / "checkpoints", config.checkpoint.keep
-    with _beginning(run) as beginning, contextlib.closing(checkpoints.Checkpoints(folder, keep)) as saver:
-        saver.try_out()
-        seed = _seed_of_episodes(config.seed, saver.latest or 0)
+    with contextlib.ExitStack() as opened:
+        members = _open_members(run, config, opened)
+        beginning = opened.enter_context(_beginning([*(member.directory for member in members), run]))
+        for member in members:
+            member.saver.try_out()
+        running = [place for place, member in enumerate(members) if not member.is_stopped]
+        if not running:
+            raise RunError(f"{run.path}: training of every seed has stopped; each one's {STOPPED} says why")
+        update = min(members[place].saver.latest or 0 for place in running)
+        episode_seeds = [_seed_of_episodes(member.config.seed, update) for member in members]
         with waiting.waiting("making the environments and the weights"):
-            env = envs.make_env(config.env, config.num_envs, seed)
+            env = envs.make_env(config.env, config.num_envs, episode_seeds)
             learner = make_learner(config, env)
             if (
                 env.restorable or envs.find(config.env.name) is envs.Atari
             ):  # Others may act in a `reset` that is traced.
-                memory.check(jax.eval_shape(learner.init, jax.random.PRNGKey(seed)))
+                one = memory.size_of(jax.eval_shape(learner.init, jax.random.PRNGKey(0)))
+                memory.check_size(len(members) * one)
             with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
-                state = jax.block_until_ready(learner.init(jax.random.PRNGKey(seed)))
-        saver.check_space(state, env.restorable)
-        _describe(run, config, state, print_config)
-        wall_time = 0.0
-        restored = saver.restore(state)
-        if restored is not None:
-            state, wall_time = restored.state, restored.extra["wall_time"]
-            if not restored.has_episodes:
-                state = learner.restart(state, state.actor.env)
-            print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-        if int(state.env_steps) >= config.total_env_steps:
-            done, wanted = f"{int(state.env_steps):,}", f"{config.total_env_steps:,}"
+                make = lambda place, seed: learner.init(jax.random.PRNGKey(seed), env.of_seed(place))
+                states = jax.block_until_ready([make(*each) for each in enumerate(episode_seeds)])
+        members[0].saver.check_space(states[0], env.restorable, len(members))
+        _describe(run, config, states[0], print_config)
+        states = _restore(members, running, learner, states)
+        if min(int(state.env_steps) for state in states) >= config.total_env_steps:
+            done, wanted = f"{int(states[0].env_steps):,}", f"{config.total_env_steps:,}"
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
-            return state
-        writer = _Writer(run, config, learner, saver, env.restorable, wall_time)
+            return states[0]
+        state = states[0] if len(states) == 1 else seeds.stack(states)
+        writer = _Writer(run, config, learner, members, env.restorable)
         program = _compile(learner, config, state, env.restorable, use_cache)
         beginning.close()
-        return writer.train(program, state)
+        return writer.train(program, state, running)
 
 
-def _beginning(run: run_directory.RunDirectory) -> contextlib.ExitStack:
-    """Until it is closed, nothing was saved: a signal ends the process at once, and like an error leaves nothing."""
+class _Member:
+    """One seed's part of a run: its directory, which is a run like any other, its configuration and checkpoints."""
 
-    def discard(kind, error, trace) -> None:
+    def __init__(self, directory: run_directory.RunDirectory, config: ConfigDict):
+        self.directory, self.config, self.wall_time = directory, config, 0.0
+        self.saver = checkpoints.Checkpoints(directory.path / "checkpoints", config.checkpoint.keep)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether training of this seed was stopped before, while others went on."""
+        return (self.directory.path / STOPPED).exists()
+
+
+def _open_members(run: run_directory.RunDirectory, config: ConfigDict, opened: contextlib.ExitStack) -> list[_Member]:
+    """The seeds of a run, by place. A single seed's directory is the run's.
+
+    Raises:
+        RunError: a directory cannot be used, or holds another run.
+    """
+    members = []
+    for place in range(config.num_seeds):
+        directory, own = run, config
+        if config.num_seeds > 1:
+            own = config_lib.from_fields(config_lib.flatten(config) | {"num_seeds": 1, "seed": config.seed + place})
+            directory = run_directory.RunDirectory(run.path / f"seed{own.seed}")
+            opened.enter_context(contextlib.closing(directory))
+            resolve_config(directory, own, config_lib.flatten(own))
+        members.append(_Member(directory, own))
+        opened.enter_context(contextlib.closing(members[-1].saver))
+    return members
+
+
+def _restore(
+    members: list[_Member], running: list[int], learner: Learner, states: list[TrainState]
+) -> list[TrainState]:
+    """The states from which training resumes: of the newest update of which all `running` seeds have a checkpoint.
+
+    Raises:
+        RunError: a seed has checkpoints, and none that is intact and fits.
+    """
+    newest = None
+    while True:
+        found = {place: members[place].saver.restore(states[place], newest) for place in running}
+        updates = {-1 if one is None else int(one.state.update) for one in found.values()}
+        if len(updates) <= 1:
+            break
+        newest = min(updates)
+    if updates == {-1}:
+        return states
+    for place, restored in found.items():
+        state, members[place].wall_time = restored.state, restored.extra["wall_time"]
+        if not restored.has_episodes:
+            state = learner.restart(state, states[place].actor.env)
+        states[place] = state
+    for place in set(range(len(members))) - set(running):  # It shares the count of updates with the others.
+        states[place] = states[place]._replace(update=states[running[0]].update)
+    state = states[running[0]]
+    print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
+    return states
+
+
+def _beginning(directories: list[run_directory.RunDirectory]) -> contextlib.ExitStack:
+    """Until it is closed, nothing was saved: a signal ends the process at once, and like an error leaves nothing.
+
+    `directories`: those made, the innermost first.
+    """
+
+    def discard() -> str:
+        return [directory.discard() for directory in dict.fromkeys(directories)][-1]
+
+    def on_error(kind, error, trace) -> None:
         if kind is not None:
-            run.discard()
+            discard()
 
     stack = contextlib.ExitStack()
-    stack.push(discard)
-    stack.enter_context(process.leaving(run.discard))
+    stack.push(on_error)
+    stack.enter_context(process.leaving(discard))
     return stack
 
 
@@ -132,7 +205,10 @@ def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable
     # Only programs without EnvPool in them can be found again in the compilation cache.
     compiling = waiting.waiting("compiling the program of training")
     with compiling, compilation.cached(use_cache and restorable):
-        program = compilation.jit(learner.run, config, use_cache).lower(state, jnp.int32(1)).compile()
+        run, count = learner.run, jnp.int32(1)
+        if state.update.ndim:
+            run, count = seeds.run(learner, config.num_seeds), state.update
+        program = compilation.jit(run, config, use_cache).lower(state, count).compile()
     compilation.check_memory(program)
     process.settle(config)
     return program
@@ -156,44 +232,51 @@ def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: TrainS
 class _Writer:
     """Writes log lines, checkpoints and reconstructions of a run between the calls of the compiled program."""
 
-    def __init__(self, run, config, learner: Learner, saver, with_episodes: bool, wall_time: float):
-        self.run_directory, self.config, self.saver, self.with_episodes = run, config, saver, with_episodes
+    def __init__(self, run, config, learner: Learner, members: list[_Member], with_episodes: bool):
+        self.run_directory, self.config, self.members, self.with_episodes = run, config, members, with_episodes
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
-        self.wall_time_before, self.start = wall_time, time.monotonic()
+        self.start = time.monotonic()
         self.signum: int | None = None
         self.saved_at = self.start
 
-    def train(self, program: jax.stages.Compiled, state: TrainState) -> TrainState:
+    def train(self, program: jax.stages.Compiled, state: TrainState, running: list[int]) -> TrainState:
         compiled = time.monotonic() - self.start
+        self.running = running
+        now = seeds.counters(state)[running[0]]
         with process.answering(self._on_signal), contextlib.ExitStack() as opened:
-            self._begin_at(int(state.update))
-            self.log = opened.enter_context(contextlib.closing(loggers.Loggers(self.run_directory, self.config)))
-            self.progress = reporting.Progress(self.config.total_env_steps, int(state.env_steps))
+            if len(self.members) > 1:
+                self._begin_at(int(now.update), self.run_directory, self.config)
+            for place in running:
+                self._begin_at(int(now.update), self.members[place].directory, self.members[place].config)
+            self.logs = {place: self._open_log(self.members[place], opened) for place in running}
+            self.progress = reporting.Progress(self.config.total_env_steps, int(now.env_steps))
             opened.enter_context(contextlib.closing(self.progress))
             self.progress.say(f"compiled in {compiled:.1f} s")
             try:
                 state = self._follow(program, state)
             except loop.Stopped as stopped:
-                path, good = self.run_directory.path, self.saver.last_good()
-                raise RunError(f"{path}: {stopped}; nothing was saved now, {good}") from None
+                good = self.members[self.running[0]].saver.last_good()
+                raise RunError(f"{self.run_directory.path}: {stopped}; nothing was saved now, {good}") from None
             if self.signum is not None:
                 self._save(state)
-                self.saver.wait()
-                name = signal.Signals(self.signum).name
-                self.progress.say(f"stopped by {name}; checkpoint at update {int(state.update):,}")
+                self._wait()
+                name, update = signal.Signals(self.signum).name, int(seeds.counters(state)[self.running[0]].update)
+                self.progress.say(f"stopped by {name}; checkpoint at update {update:,}")
                 raise Interrupted(self.signum)
-            self.saver.wait()
+            self._wait()
             return state
 
-    def _begin_at(self, update: int) -> None:
-        """Makes the directory ready to resume from `update`; what is refused before changes nothing in it."""
-        directory = self.run_directory
+    def _open_log(self, member: _Member, opened: contextlib.ExitStack) -> loggers.Loggers:
+        return opened.enter_context(contextlib.closing(loggers.Loggers(member.directory, member.config)))
+
+    def _begin_at(self, update: int, directory: run_directory.RunDirectory, config: ConfigDict) -> None:
+        """Makes a directory ready to resume from `update`; what is refused before changes nothing in it."""
         if update == 0 and (aside := directory.set_aside()):
-            said = "no checkpoint to go on from: training starts anew"
+            said = "no checkpoint to resume from: training starts anew"
             print(f"{said}; what was measured so far is in {aside}", flush=True)
         directory.rewind_metrics(update)
         reconstructions.rewind(directory.path, update)
-        directory.write_config(config_lib.to_json(self.config))
+        directory.write_config(config_lib.to_json(config))
 
     def _on_signal(self, signum, frame) -> None:
         del frame
@@ -203,14 +286,16 @@ class _Writer:
         """Trains to the end, or until a signal came."""
         if self.signum is not None:
             return state
-        moved_update, moved_steps = int(state.update), int(state.env_steps)  # The latest update whose steps counted.
+        moved = None  # The latest update whose steps counted, and how many steps there were then.
         intervals = (self.config.log.save_reconstruction_interval, self.config.checkpoint.interval)
-        for call in loop.train(program, state, self.config, self._remaining, intervals):
-            state, update, steps = call.state, call.line["update"], call.line["env_steps"]
-            if steps > moved_steps:
-                moved_update, moved_steps = update, steps
-            elif update - moved_update >= MAX_UPDATES_WITHOUT_STEPS:
-                said = f"no call of step in the last {update - moved_update} updates was `valid` (see EnvState)"
+        for call in loop.train(program, state, self.config, self._remaining, intervals, self.running):
+            state, line = call.state, call.lines[self.running[0]]
+            update, steps = line["update"], line["env_steps"]
+            moved = moved or (update, steps)
+            if steps > moved[1]:
+                moved = (update, steps)
+            elif update - moved[0] >= MAX_UPDATES_WITHOUT_STEPS:
+                said = f"no call of step in the last {update - moved[0]} updates was `valid` (see EnvState)"
                 raise RunError(f"{self.config.env.name}: {said}")
             self._write(call)
             if self.signum is not None:
@@ -222,40 +307,70 @@ class _Writer:
         return -(-steps // (self.config.num_envs * self.config.num_steps))
 
     def _write(self, call: loop.Call) -> None:
-        line, update = call.line, call.line["update"]
+        update = call.lines[self.running[0]]["update"]
         if call.is_line:
-            first = {"update": update, "env_steps": line["env_steps"], "wall_time": round(self._wall_time(), 3)}
-            line = first | line | {"obs.fps": call.steps_per_second}
-            self.run_directory.append_metrics(line)
-            self.log.line(line)
-        self.progress.advance(line["env_steps"], line["result.true"], line["loss.total"], call.is_line)
-        if call.is_failure:
+            lines = {place: self._with_clock(call, place) for place in call.lines}
+            for place, line in lines.items():
+                self.members[place].directory.append_metrics(line)
+                self.logs[place].line(line)
+            if len(self.members) > 1:
+                line = statistics.over_seeds(list(lines.values())) | {"obs.fps": call.steps_per_second}
+                self.run_directory.append_metrics(line)
+        mean = statistics.over_seeds(list(call.lines.values()))
+        loss = math.nan if mean["loss.total"] is None else mean["loss.total"]
+        self.progress.advance(mean["env_steps"], mean["result.true"], loss, call.is_line)
+        if len(call.failures) < len(self.running):  # The last ones stop training, which says so itself.
+            self._stop(call.failures)
+        if not set(self.running) - set(call.failures):
             return
         every = self.config.log.save_reconstruction_interval
         if every and update % every == 0:
-            self._save_reconstruction(call.state)
+            self._save_reconstructions(call.state)
         if call.is_end or self._is_time_to_save(update):
             self._save(call.state)
+
+    def _with_clock(self, call: loop.Call, place: int) -> dict[str, Any]:
+        """A seed's log line with what the clock says; the speed is all seeds' together, divided by their number."""
+        line = call.lines[place]
+        wall_time = round(self._wall_time(self.members[place]), 3)
+        first = {"update": line["update"], "env_steps": line["env_steps"], "wall_time": wall_time}
+        return first | line | {"obs.fps": call.steps_per_second / len(call.lines)}
+
+    def _stop(self, failures: dict[int, str]) -> None:
+        """Seeds that stop here, while others go on: says so, also to whoever resumes."""
+        for place, why in failures.items():
+            member = self.members[place]
+            run_directory.replace(member.directory.path / STOPPED, f"{why}\n")
+            self.progress.say(f"seed {member.config.seed}: {why}; the others go on")
+        self.running = [place for place in self.running if place not in failures]
 
     def _is_time_to_save(self, update: int) -> bool:
         every, minutes = self.config.checkpoint.interval, self.config.checkpoint.minutes
         waited_long = 0 < 60 * minutes <= time.monotonic() - self.saved_at
         return waited_long or (every > 0 and update % every == 0)
 
-    def _save_reconstruction(self, state: TrainState) -> None:
-        arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
-        reconstructions.save(self.run_directory.path, int(state.update), arrays)
-        picture = reconstructions.picture(self.config.env.name, arrays)
-        if picture is not None:
-            self.log.image("reconstructions", picture, int(state.env_steps))
+    def _save_reconstructions(self, state: TrainState) -> None:
+        for place in self.running:
+            one = seeds.member(state, place)
+            arrays = reconstructions.to_storage(self.reconstruct(one) | {"env_steps": one.env_steps})
+            reconstructions.save(self.members[place].directory.path, int(one.update), arrays)
+            picture = reconstructions.picture(self.config.env.name, arrays)
+            if picture is not None:
+                self.logs[place].image("reconstructions", picture, int(one.env_steps))
 
-    def _wall_time(self) -> float:
-        return self.wall_time_before + time.monotonic() - self.start
+    def _wall_time(self, member: _Member) -> float:
+        return member.wall_time + time.monotonic() - self.start
 
     def _save(self, state: TrainState) -> None:
-        extra = {"wall_time": self._wall_time()}
-        self.saver.save(state, self.with_episodes, state.episodes.summary()["result.true"], extra)
+        for place in self.running:
+            member, one = self.members[place], seeds.member(state, place)
+            extra = {"wall_time": self._wall_time(member)}
+            member.saver.save(one, self.with_episodes, one.episodes.summary()["result.true"], extra)
         self.saved_at = time.monotonic()
+
+    def _wait(self) -> None:
+        for place in self.running:
+            self.members[place].saver.wait()
 
 
 def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any]):
