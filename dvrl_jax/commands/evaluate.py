@@ -1,5 +1,6 @@
 """Plays whole games with a trained agent: dvrl-evaluate --workdir=saved_runs/3 [--video=out.mp4]"""
 
+import statistics
 from pathlib import Path
 
 from absl import flags
@@ -25,24 +26,33 @@ def main() -> int:
         from dvrl_jax.viewing import evaluation
 
     path = Path(WORKDIR.value)
-    video = Path(VIDEO.value) if VIDEO.value else None
-    if video:
-        evaluation.check_video(path, video)
-    args = (EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
-    result = evaluation.evaluate(path, *args)
+    if VIDEO.value:
+        evaluation.check_video(path, Path(VIDEO.value))
+    results = [_evaluate(one) for one in config.seed_directories(path)]
+    if len(results) > 1:
+        error = statistics.stdev(results) / len(results) ** 0.5
+        print(f"\nreturn {statistics.fmean(results):.2f} +- {error:.2f} (mean and standard error of the seeds)")
+    return 0
+
+
+def _evaluate(path: Path) -> float:
+    """Plays with one seed's run, prints and stores what came out, and returns the mean return."""
+    from dvrl_jax.viewing import evaluation
+
+    result = evaluation.evaluate(path, EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
-    print(f"checkpoint of update {result['update']:,}, {result['episodes']} games")
+    print(f"{path}: checkpoint of update {result['update']:,}, {result['episodes']} games")
     print(f"return {result['mean']:.2f}{error} (mean and standard error)")
     print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
     print(f"{result['mean_length']:.0f} steps per game")
     try:
         evaluation.store(path, result)
     finally:  # The video need not be stored where the result is.
-        if video:
+        if VIDEO.value:
             shown = (GREEDY.value, str(result["update"]), SEED.value)
-            evaluation.write_video(path, video, VIDEO_STEPS.value, *shown)
-            print(video)
-    return 0
+            evaluation.write_video(path, Path(VIDEO.value), VIDEO_STEPS.value, *shown)
+            print(VIDEO.value)
+    return result["mean"]
 
 
 def run() -> None:

@@ -30,7 +30,7 @@ def main() -> int:
     if not paths:
         raise RunError("--id: name at least one run, for example --id 3, or a directory with --workdir")
     defaults = config.as_stored(config.default_config())
-    loaded = [plotting.load_run(path, defaults) for path in paths]
+    loaded = [plotting.load_run(one, defaults) for path in paths for one in config.seed_directories(path)]
     for metric in METRICS.value:
         plotting.check_metric(loaded, metric)
     if TEXT.value:

@@ -55,6 +55,8 @@ def read_run_config(path: Path) -> ConfigDict:
     config = config_lib.of_run(path, {"env.first_core": -1})
     if config is None:
         raise RunError(f"{path}: holds no run (there is no config.json)")
+    if config.num_seeds > 1:
+        raise RunError(f"{path}: holds several seeds; name one of them, such as {path / f'seed{config.seed}'}")
     return config
 
 
