@@ -224,7 +224,7 @@ class _Writer:
     def _save_reconstruction(self, state: TrainState) -> None:
         arrays = reconstructions.to_storage(self.reconstruct(state) | {"env_steps": state.env_steps})
         reconstructions.save(self.run_directory.path, int(state.update), arrays)
-        picture = reconstructions.picture(self.config.env.name, arrays)
+        picture = reconstructions.picture(self.config.env, arrays)
         if picture is not None:
             self.log.image("reconstructions", picture, int(state.env_steps))
 

@@ -18,8 +18,8 @@ READING, PARTICLE, BELIEF, PATH = "tab:orange", "tab:red", "tab:red", "white"
 
 
 def positions(observations: np.ndarray) -> np.ndarray:
-    """Observations [..., 2] as positions in the box."""
-    return observations / mountain_hike.OBSERVATION_SCALE
+    """Observations [..., 2] as positions in the box; further components, which are noise, are left out."""
+    return observations[..., :2] / mountain_hike.OBSERVATION_SCALE
 
 
 @functools.cache
