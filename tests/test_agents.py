@@ -40,6 +40,7 @@ OPTIONS = [
     ("rnn", "vector", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5}),
     ("rnn", "32", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5, "model__batch_norm": True}),
     ("rnn", "84", False, {"model__action_encoding": 0, "bptt_segments": 1, "optimizer__name": "adam"}),
+    ("memoryless", "16", True, {"model__batch_norm": True, "model__reward_input": True}),
 ]
 
 
