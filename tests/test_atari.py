@@ -556,7 +556,7 @@ def test_blanking_differs_between_keys():
 
 
 @functools.cache
-def breakout(**fields):
+def breakout_seen(**fields):
     """What 150 steps of four games show, with these fields of the `env` group; [T, B, ...]."""
     c = atari_rnn.get_config("Breakout")
     c.env.update({"p_blank": 0.0} | fields)
@@ -572,7 +572,7 @@ def breakout(**fields):
 
 
 def test_delayed_atari_shows_the_same_frames_later():
-    late, plain = breakout(obs_delay=2), breakout()
+    late, plain = breakout_seen(obs_delay=2), breakout_seen()
     begins = plain.done | ~plain.valid
     assert late.obs.dtype == np.uint8 and begins.sum() > 4
     ago = np.stack([np.roll(begins, shift, axis=0) for shift in range(3)]).any(axis=0)
@@ -583,7 +583,7 @@ def test_delayed_atari_shows_the_same_frames_later():
 
 
 def test_flickering_atari_blanks_whole_frames_and_changes_nothing_else():
-    flickering, plain = breakout(p_blank=0.4), breakout()
+    flickering, plain = breakout_seen(p_blank=0.4), breakout_seen()
     assert plain.done.sum() > 4
     for name in set(FIELDS) - {"observed"}:
         np.testing.assert_array_equal(getattr(flickering, name), getattr(plain, name), name)
