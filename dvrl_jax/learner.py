@@ -126,7 +126,9 @@ class Learner:
             return rollout.segment, measure(params, loss(*inputs)[1])
 
         segment, measured = jax.eval_shape(first_segment, state.params, state.batch_stats, self.draw(state.key))
-        window = Window.empty(segment, self.config.bptt_segments)
+        # Where nothing is carried, no gradient crosses segments.
+        capacity = self.config.bptt_segments if jax.tree.leaves(segment.carry) else 1
+        window = Window.empty(segment, capacity)
         metrics = state.metrics or Metrics.empty(measured)
         state = state._replace(actor=actor, window=window, metrics=metrics, episodes=state.episodes.restart())
         return jax.tree.map(jnp.copy, state)  # No two leaves may share a buffer: `run`'s argument is donated.

@@ -174,9 +174,9 @@ def probe(path: Path, episodes: int, checkpoint: str, seed: int) -> dict[str, An
     config = evaluation.read_run_config(path)
     if config.env.name != "MountainHike":
         raise RunError(f"{path}: is a run of {config.env.name}; only Mountain Hike has an exact filter to compare")
-    if config.env.p_blank > 0:
-        message = f"{path}: has blank observations (env.p_blank = {config.env.p_blank}), which the filter does not know"
-        raise RunError(message)
+    if changed := envs.in_use(config.env):
+        value = config.env[changed[0]]
+        raise RunError(f"{path}: changes observations (env.{changed[0]} = {value}), which the filter does not know")
     env = envs.make_env(config.env, episodes, seed)
     agent, update = evaluation.load_agent(path, config, env, checkpoint)
     played = play(agent, env, jax.random.PRNGKey(seed))

@@ -40,6 +40,7 @@ OPTIONS = [
     ("rnn", "vector", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5}),
     ("rnn", "32", True, {"model__obs_loss_coef": 1.0, "loss__encoding_coef": 0.5, "model__batch_norm": True}),
     ("rnn", "84", False, {"model__action_encoding": 0, "bptt_segments": 1, "optimizer__name": "adam"}),
+    ("memoryless", "16", True, {"model__batch_norm": True, "model__reward_input": True}),
 ]
 
 
@@ -83,7 +84,7 @@ def predict(agent, env, times=(0, 2, 3)):
 
 def dream(agent, start, steps, key):
     """Observations expected 1 .. `steps` steps ahead, written out step by step."""
-    h, inputs, found = start.belief.h, Inputs(None, agent.encode_action(start.timestep.prev_action)), []
+    h, inputs, found = start.belief.h, Inputs(None, agent.encode_action(start.timestep)), []
     inputs_after = lambda obs: agent.encode(start.timestep._replace(obs=obs))
     for dt in range(1, steps + 1):
         if isinstance(agent, DVRL):
@@ -122,7 +123,7 @@ def test_prediction_zero_is_the_weighted_reconstruction():
     env = recording("vector", True)
     agent = acting.make_agent(tiny_config("dvrl"), env, jax.random.PRNGKey(0))
     after, h_prev, trace, timestep = after_one_observation(agent, env)
-    inputs = Inputs(None, agent.encode_action(timestep.prev_action))
+    inputs = Inputs(None, agent.encode_action(timestep))
     mean, _ = agent.emission_of(after.phi_z, pf.resample(h_prev, trace.ancestors), inputs)
     weights = np.asarray(jax.nn.softmax(after.log_weight, axis=-1))
     expected = np.sum(weights[..., None] * np.asarray(mean).reshape(NUM_ENVS, -1, 2), axis=1)
@@ -135,7 +136,7 @@ def test_an_rnns_prediction_zero_is_what_it_expected_before_it_saw():
     agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     start = after_one_observation(agent, env)
     # From a state that is not yet the one that has seen it: of fresh episodes, zeros.
-    inputs = Inputs(None, agent.encode_action(start.timestep.prev_action))
+    inputs = Inputs(None, agent.encode_action(start.timestep))
     expected, _ = agent.emission_of(jnp.zeros_like(start.carry), inputs)
     np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)
     assert not np.allclose(agent.emission_of(start.belief.h, inputs)[0], expected)
@@ -173,9 +174,8 @@ def test_an_images_likelihood_is_that_of_its_pixels_and_no_others(kind):
     agent = acting.make_agent(config, env, jax.random.PRNGKey(0))
     particles, side = config.model.num_particles, int(kind)
     h = jax.random.normal(jax.random.PRNGKey(1), (NUM_ENVS, particles, config.model.h_dim))
-    emission = 5 * agent.emission_of(
-        jnp.ones_like(h), h, Inputs(None, agent.encode_action(agent.initial_action(NUM_ENVS)))
-    )
+    first = acting.timestep_of(agent, acting.first_actor(agent, env.reset(None)))
+    emission = 5 * agent.emission_of(jnp.ones_like(h), h, Inputs(None, agent.encode_action(first)))
     logits = np.asarray(agent.decoder.to_images(emission), float).reshape(NUM_ENVS, particles, side, side, 1)
     x = np.asarray(env.obs[0], float)[:, None]
     expected = np.sum(x * logits - np.logaddexp(0, logits), axis=(2, 3, 4))

@@ -555,22 +555,35 @@ def test_blanking_differs_between_keys():
     assert not np.array_equal(flickering_hike(0.5)[2], flickering_hike(0.5, key=1)[2])
 
 
-def test_flickering_atari_blanks_whole_frames_and_changes_nothing_else():
+@functools.cache
+def breakout_seen(**fields):
+    """What 150 steps of four games show, with these fields of the `env` group; [T, B, ...]."""
     c = atari_rnn.get_config("Breakout")
-    c.env.p_blank = 0.4
-    num_envs, num_steps = 4, 150
-    env, plain = make_env(c.env, num_envs, SEED), Atari("Breakout", num_envs, SEED)
-    actions = np.random.default_rng(0).integers(0, 4, (num_steps, num_envs)).astype(np.int32)
+    c.env.update({"p_blank": 0.0} | fields)
+    env = make_env(c.env, 4, SEED)
+    actions = np.random.default_rng(0).integers(0, 4, (150, 4)).astype(np.int32)
 
-    def scan(env):
-        def step(state, action):
-            state = env.step(state, action)
-            return state, state._replace(inner=())
+    def step(state, action):
+        state = env.step(state, action)
+        return state, state._replace(inner=())
 
-        first = env.reset(jax.random.key(0))
-        return jax.tree.map(np.asarray, jax.jit(lambda state: jax.lax.scan(step, state, actions)[1])(first))
+    first = env.reset(jax.random.key(0))
+    return jax.tree.map(np.asarray, jax.jit(lambda state: jax.lax.scan(step, state, actions)[1])(first))
 
-    flickering, plain = scan(env), scan(plain)
+
+def test_delayed_atari_shows_the_same_frames_later():
+    late, plain = breakout_seen(obs_delay=2), breakout_seen()
+    begins = plain.done | ~plain.valid
+    assert late.obs.dtype == np.uint8 and begins.sum() > 4
+    ago = np.stack([np.roll(begins, shift, axis=0) for shift in range(3)]).any(axis=0)
+    np.testing.assert_array_equal(late.obs[2:][~ago[2:]], plain.obs[:-2][~ago[2:]])
+    np.testing.assert_array_equal(late.obs[begins], plain.obs[begins])
+    for name in set(FIELDS) - {"obs", "final_obs"}:
+        np.testing.assert_array_equal(getattr(late, name), getattr(plain, name), name)
+
+
+def test_flickering_atari_blanks_whole_frames_and_changes_nothing_else():
+    flickering, plain = breakout_seen(p_blank=0.4), breakout_seen()
     assert plain.done.sum() > 4
     for name in set(FIELDS) - {"observed"}:
         np.testing.assert_array_equal(getattr(flickering, name), getattr(plain, name), name)

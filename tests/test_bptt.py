@@ -20,13 +20,13 @@ from tests.tiny import tiny_config
 NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
 # Beliefs by name, with a policy (categorical or gaussian). Then: batch norm (bn), one particle (one), lineages not
-# in use (whole).
+# in use (whole), the previous reward as an input (reward).
 CASES = [
     "dvrl-categorical-bn",
     "dvrl-gaussian",
     "dvrl-gaussian-whole",
     "dvrl-categorical-one",
-    "rnn-gaussian",
+    "rnn-gaussian-reward",
     "toy-categorical",
 ]
 
@@ -112,7 +112,7 @@ def case(request):
     algorithm, policy, *more = request.param.split("-")
     env = recorded_episodes(policy == "categorical")
     config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm="bn" in more)
-    config.model.num_particles = 1 if "one" in more else 3
+    config.model.num_particles, config.model.reward_input = 1 if "one" in more else 3, "reward" in more
     learner = make_learner(config, env, Choices(lineages="whole" not in more))
     assert ("through_recurrence" in learner.way_back) == (request.param == "dvrl-gaussian")
     state = learner.init(jax.random.PRNGKey(3))
@@ -184,6 +184,18 @@ def test_window_fills_and_starts_anew(case):
         assert int(window.first) == 0
     assert int(window.cut(2, True).first) == 3 and int(window.cut(2, False).first) == 0
     assert int(window.cut(2, True).put(segment, 3).first) == 3 and int(window.cut(2, True).put(segment, 0).first) == 0
+
+
+def test_where_nothing_is_carried_a_window_is_one_segment():
+    env, config = recorded_episodes(discrete=True), tiny_config("memoryless", bptt_segments=5, model__batch_norm=True)
+    learner = make_learner(config, env)
+    state = learner.init(jax.random.PRNGKey(3))
+    state = state._replace(params=off_the_kink(state.params))
+    assert state.window.capacity == 1 and not learner.way_back
+    results, _ = window_of(learner, state, 1)
+    agent = nnx.merge(learner.graphdef, state.params, state.batch_stats)
+    expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, 0)))(state.params)
+    assert relative_difference(results[0][0], expected) < 1e-5
 
 
 def test_no_gradient_crosses_the_start_of_an_episode():

@@ -65,7 +65,7 @@ IMPOSSIBLE = [
     ("optimizer.name", "sgd", "rmsprop or adam"),
     ("optimizer.learning_rate", float("nan"), "finite"),
     ("optimizer.betas", (0.9,), "two numbers"),
-    ("algorithm", "lstm", "one of dvrl, rnn"),
+    ("algorithm", "lstm", "one of dvrl, memoryless, rnn"),
 ]
 
 

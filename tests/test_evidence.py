@@ -269,7 +269,7 @@ def test_the_probe_refuses_what_it_cannot_probe(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         probe.probe(tmp_path, 8, "best", seed=0)
     refused("is a run of Pong; only Mountain Hike", env__name="Pong", model__channels=(8, 8, 8))
-    refused("has blank observations", env__p_blank=0.5)
+    refused(r"changes observations \(env.p_blank = 0.5\)", env__p_blank=0.5)
     refused("no checkpoint 'best'")
     assert [path.name for path in tmp_path.glob("probe*")] == []
 

@@ -15,7 +15,7 @@ from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import loggers, run_directory
 from dvrl_jax.viewing import reconstructions
 from tests.tiny import HIKE_STEPS_PER_UPDATE as STEPS_PER_UPDATE
-from tests.tiny import checkpoint_arrays, tiny_hike, train
+from tests.tiny import checkpoint_arrays, tiny_hike, tiny_pong, train
 
 
 def events(path):
@@ -77,7 +77,7 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
         reconstructions.save(tmp_path, update, stored)
     reconstructions.rewind(tmp_path, 10)
     assert reconstructions.saved_updates(tmp_path) == [5, 10]
-    picture = reconstructions.picture("Pong", stored)
+    picture = reconstructions.picture(tiny_pong("rnn").env, stored)
     assert picture.shape == (4 * 10, 3 * 10, 1)
     np.testing.assert_array_equal(picture[1:9, 1:9], images["observation"][0])
     np.testing.assert_allclose(picture[11:19, 21:29] / 255.0, images["prediction_10"][1], atol=0.5 / 255 + 1e-6)

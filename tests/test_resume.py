@@ -26,10 +26,14 @@ from tests.tiny import checkpoint_arrays, tiny_hike, train, untimed
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("algorithm", "p_blank"), [("rnn", 0.5), ("dvrl", 0.0)])
-def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, p_blank):
+WRAPPED = {"env__p_blank": 0.5, "env__p_repeat": 0.3, "env__obs_delay": 2, "env__noise_components": 1}
+WRAPPED |= {"model__reward_input": True}
+
+
+@pytest.mark.parametrize(("algorithm", "fields"), [("rnn", WRAPPED), ("dvrl", {})])
+def test_stopping_and_resuming_changes_nothing(tmp_path, algorithm, fields):
     """N + N steps equal 2N: weights, optimiser, belief, window, counters and metrics; N falls between log lines."""
-    config, half = tiny_hike(algorithm, env__p_blank=p_blank), 33 * STEPS_PER_UPDATE
+    config, half = tiny_hike(algorithm, **fields), 33 * STEPS_PER_UPDATE
     train(tmp_path / "straight", config, total_env_steps=2 * half)
     train(tmp_path / "parts", config, total_env_steps=half)
     assert run_directory.read_metrics(tmp_path / "parts")[-1]["update"] == 33

@@ -3,6 +3,7 @@
 from dvrl_jax import discovery
 from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo, bind, check, select
 from dvrl_jax.agents.dvrl import DVRL
+from dvrl_jax.agents.memoryless import Memoryless
 from dvrl_jax.agents.rnn import RNN
 from dvrl_jax.errors import DiscoveryError
 
@@ -31,6 +32,7 @@ __all__ = [
     "RNN",
     "Agent",
     "Inputs",
+    "Memoryless",
     "PredictionStart",
     "Timestep",
     "UpdateInfo",

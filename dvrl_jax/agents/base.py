@@ -142,6 +142,7 @@ class Agent(nnx.Module, abc.ABC):
         self.h_dim = config.h_dim
         self.summary_size = summary_size or config.h_dim
         self.detach_encoder = config.detach_encoder
+        self.reward_input = config.reward_input
         self.encoder = networks.Encoder(observation.shape, config.channels, config.batch_norm, rngs=rngs)
         self.encoded_size = 1
         for size in networks.encoded_shape(observation.shape, config.channels):
@@ -151,7 +152,8 @@ class Agent(nnx.Module, abc.ABC):
         self.action_sizes = {}
         if config.action_encoding > 0:
             self.action_sizes = {"action": config.action_encoding}
-            self.action_encoder = networks.Linear({"x": action.size}, config.action_encoding, rngs=rngs)
+            inputs = {"x": action.size} | ({"reward": 1} if config.reward_input else {})
+            self.action_encoder = networks.Linear(inputs, config.action_encoding, rngs=rngs)
             self.action_activation = networks.Activation(config.action_encoding, config.batch_norm)
         self.input_sizes |= self.action_sizes
         self.summary_norm = networks.BatchNorm(self.summary_size) if config.policy_batch_norm else None
@@ -223,19 +225,22 @@ class Agent(nnx.Module, abc.ABC):
         """What obs [B, ...], or of several steps [T, B, ...], adds to the recurrence (see `drive`)."""
         return self.drive({"obs": self.encoder(self.as_float(obs))})
 
-    def encode_action(self, prev_action: Array) -> Array | None:
-        """phi_a [..., E] of prev_action [..., A]; None without action encoding."""
+    def encode_action(self, timestep: Timestep) -> Array | None:
+        """phi_a [..., E] of the previous action [..., A], and reward [...] if it is an input; None without encoding."""
         if not self.action_sizes:
             return None
-        chex.assert_axis_dimension(prev_action, -1, self.action.size)
-        return self.action_activation(self.action_encoder(x=prev_action))
+        chex.assert_axis_dimension(timestep.prev_action, -1, self.action.size)
+        inputs = {"x": timestep.prev_action}
+        if self.reward_input:
+            inputs["reward"] = timestep.prev_reward[..., None]
+        return self.action_activation(self.action_encoder(**inputs))
 
     def add_context(self, seen: Any, timestep: Timestep) -> Inputs:
         """The inputs of a step that has `seen` its observation: adds the previous action's part; [B] or [T, B] steps.
 
-        An agent may override it to take in the previous reward as well. The observation belongs in `seen`.
+        An agent may override it to take in the previous reward in its own way. The observation belongs in `seen`.
         """
-        phi_a = self.encode_action(timestep.prev_action)
+        phi_a = self.encode_action(timestep)
         if phi_a is None:
             return Inputs(seen, None)
         return Inputs(jax.tree.map(jnp.add, seen, self.drive({"action": phi_a})), phi_a)
@@ -360,6 +365,8 @@ class Agent(nnx.Module, abc.ABC):
     @classmethod
     def check(cls, config) -> None:
         """Raises ConfigError if the fields of a configuration that are about this agent do not fit together."""
+        if config.model.reward_input and config.model.action_encoding == 0:
+            raise ConfigError("model.reward_input = True: must be False where model.action_encoding is 0")
         if config.log.save_reconstruction_interval and not cls.predicts(config.model):
             raise ConfigError(
                 f"log.save_reconstruction_interval = {config.log.save_reconstruction_interval}: must be 0 for "

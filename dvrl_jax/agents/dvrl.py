@@ -187,7 +187,7 @@ class DVRL(Agent):
 
     def predict(self, start: PredictionStart, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""
-        belief, inputs = start.belief, Inputs(None, self.encode_action(start.timestep.prev_action))
+        belief, inputs = start.belief, Inputs(None, self.encode_action(start.timestep))
         predictions = {}
         if 0 in times:
             ancestors = start.trace.ancestors

@@ -101,6 +101,8 @@ def _assignments(agent: Agent, source: _Pending):
     """Yields (variable, value in our layout) for every parameter of the agent."""
     if not isinstance(agent, DVRL | RNN):
         raise ValueError(f"original weights: are DVRL's or the RNN's, not those of {type(agent).__name__}")
+    if agent.reward_input:
+        raise ValueError("original weights: are of agents without model.reward_input")
     is_dvrl = isinstance(agent, DVRL)
     prefix = "encoding_network." if is_dvrl else ""
     yield from _encoder(agent.encoder, source, prefix + ("phi_x" if is_dvrl else "encoder"))

@@ -93,7 +93,7 @@ class RNN(Agent):
         del key
         if self.obs_loss_coef == 0:
             return {}
-        inputs = Inputs(None, self.encode_action(start.timestep.prev_action))
+        inputs = Inputs(None, self.encode_action(start.timestep))
         predictions = {}
         if 0 in times:
             predictions[0] = self.emission_mean(self.emission_of(start.carry, inputs))

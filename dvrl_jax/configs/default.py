@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default configuration: DVRL's baseline settings, without an environment's own."""
     c = ConfigDict()
-    c.algorithm = "rnn"  # Belief model: "dvrl" (particles) or "rnn" (baseline).
+    c.algorithm = "rnn"  # Belief model: "dvrl" (particles), "rnn" (baseline), "memoryless" (control).
     c.seed = 0  # Fixes all randomness: weights, environments, draws.
     c.num_seeds = 1  # Seeds trained in one program: `seed`, `seed` + 1, ...
     c.total_env_steps = 50_000_000  # Length of training in transitions, over all environments.
@@ -19,18 +19,14 @@ def get_config() -> ConfigDict:
     c.bptt_segments = 5  # Segments that gradients may cross (one window).
     c.max_skipped_updates = 100  # Training stops after so many updates in a row that were skipped for NaN or inf.
 
-    c.env = ConfigDict()
-    c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".
-    c.env.p_blank = 0.0  # Probability that an observation is replaced by zeros.
-    c.env.frame_skip = 4  # Emulator frames per step (Atari).
-    c.env.first_core = -1  # Emulator threads are tied to a core each, from this one on (Atari); -1 ties none.
-    c.env.observation_std = 0.0  # Noise of a position reading in box units (Mountain Hike).
+    _add_env(c)
 
     c.model = ConfigDict()
     c.model.channels = (64, 64)  # Encoder widths: 3 convolutions for images, 2 layers for vectors.
     c.model.h_dim = 256  # Size of the recurrent state h.
     c.model.z_dim = 256  # Size of the stochastic state z (DVRL).
     c.model.action_encoding = 128  # Size of the encoded previous action; 0 leaves it out.
+    c.model.reward_input = False  # Whether the previous reward is encoded with the previous action.
     c.model.num_particles = 10  # Particles per environment (DVRL).
     c.model.batch_norm = False  # Batch normalisation in encoder, proposal and decoder.
     c.model.policy_batch_norm = False  # Batch normalisation of what actor and critic see.
@@ -67,6 +63,23 @@ def get_config() -> ConfigDict:
     c.checkpoint.minutes = 30.0  # A checkpoint is also saved if there was none for so long; 0 leaves it to the other.
     c.checkpoint.keep = 3  # How many of the latest checkpoints to keep (the best is kept besides).
     return c
+
+
+def _add_env(c: ConfigDict) -> None:
+    """Adds the group `env`: the task, and what of it is seen (docs/options.md has the wrappers' order)."""
+    c.env = ConfigDict()
+    c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".
+    c.env.reveal_state = False  # The state in place of the observation, if the environment can tell; a control.
+    c.env.keep_components = ()  # Components of vector observations that are shown, by number; () shows all.
+    c.env.obs_noise_std = 0.0  # Standard deviation of Gaussian noise on observations.
+    c.env.noise_components = 0  # How many components of mere noise are appended to vector observations.
+    c.env.noise_components_std = 1.0  # Their standard deviation.
+    c.env.obs_delay = 0  # Observations come so many steps late.
+    c.env.p_repeat = 0.0  # Probability that the observation shown before is repeated.
+    c.env.p_blank = 0.0  # Probability that an observation is replaced by zeros.
+    c.env.frame_skip = 4  # Emulator frames per step (Atari).
+    c.env.first_core = -1  # Emulator threads are tied to a core each, from this one on (Atari); -1 ties none.
+    c.env.observation_std = 0.0  # Noise of a position reading in box units (Mountain Hike).
 
 
 def task_and_agent(argument: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
 from dvrl_jax.envs.mountain_hike import MountainHike
-from dvrl_jax.envs.wrappers import Flicker
+from dvrl_jax.envs.wrappers import Flicker, check_batch, in_use, wrap, wrap_batch
 from dvrl_jax.errors import DiscoveryError, RunError
 
 
@@ -43,6 +43,21 @@ def as_batch(env: Environment | BatchedEnvironment, num_envs: int) -> BatchedEnv
     return Batched(env, num_envs) if kind is Environment else env
 
 
+def observation_of(config) -> ObservationSpec:
+    """What an agent sees of the environments that `config` (the `env` group of a configuration) describes.
+
+    Raises:
+        ValueError: they cannot be made so; the message says why.
+        ConfigError: a wrapper does not fit them; the message names its field.
+    """
+    kind = find(config.name)
+    if not issubclass(kind, Environment):
+        check_batch(config)
+    elif in_use(config):
+        return wrap(kind.from_config(config), config).observation
+    return kind.observation_of(config)
+
+
 def make_env(config, num_envs: int, seed: int | Sequence[int], keep_view: bool = False) -> BatchedEnvironment:
     """Makes the environments that `config` (the `env` group of a configuration) describes.
 
@@ -51,21 +66,23 @@ def make_env(config, num_envs: int, seed: int | Sequence[int], keep_view: bool =
 
     Raises:
         RunError: they cannot be made so, or lack an attribute of their interface.
+        ConfigError: a wrapper does not fit them.
     """
     if num_envs < 1:
         raise RunError(f"num_envs = {num_envs}: must be at least 1")
     kind = find(config.name)
+    one = issubclass(kind, Environment)
+    if not one:
+        check_batch(config)
     try:
-        one = issubclass(kind, Environment)
-        env = (
-            kind.from_config(config)
-            if one
-            else kind.for_seeds(config, num_envs, [seed] if isinstance(seed, int) else seed)
-        )
+        seeds = [seed] if isinstance(seed, int) else seed
+        env = kind.from_config(config) if one else kind.for_seeds(config, num_envs, seeds)
     except ValueError as error:
         raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
-    env = as_batch(env, num_envs)
-    return Flicker(env, config.p_blank, keep_view) if config.p_blank > 0 else env
+    batch = as_batch(env, num_envs)
+    if one:
+        batch = as_batch(wrap(env, config), num_envs)
+    return wrap_batch(batch, config, keep_view)
 
 
 __all__ = [
@@ -82,6 +99,10 @@ __all__ = [
     "as_batch",
     "check",
     "find",
+    "in_use",
     "make_env",
     "named",
+    "observation_of",
+    "wrap",
+    "wrap_batch",
 ]

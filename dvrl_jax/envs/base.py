@@ -106,3 +106,11 @@ class Environment(Task):
         """What a person is shown of the true state, arrays: the observation, where nothing says more."""
         del state
         return obs
+
+    def state_vector(self, state: Any) -> Array:
+        """The state as one vector of floating point numbers, scaled as observations are, for `env.reveal_state`.
+
+        Raises:
+            NotImplementedError: the environment does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no state_vector")

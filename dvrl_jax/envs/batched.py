@@ -157,7 +157,7 @@ class Batched(BatchedEnvironment):
 
         def begin(key):
             key, reset_key = jax.random.split(key)
-            state, obs = self._reset(reset_key)
+            state, obs = checked_reset(self.env, reset_key)
             return Inner(state, key), obs
 
         return EnvState.begin(*jax.vmap(begin)(jax.random.split(key, self.num_envs)))
@@ -165,8 +165,8 @@ class Batched(BatchedEnvironment):
     def step(self, state: EnvState, action: Array) -> EnvState:
         def step(inner, action):
             key, step_key, reset_key = jax.random.split(inner.key, 3)
-            first, first_obs = self._reset(reset_key)
-            state, obs, reward, terminated, truncated = self._step(step_key, inner.state, action)
+            first, first_obs = checked_reset(self.env, reset_key)
+            state, obs, reward, terminated, truncated = checked_step(self.env, step_key, inner.state, action)
             done = terminated | truncated
             state, next_obs = jax.tree.map(lambda new, old: jnp.where(done, new, old), (first, first_obs), (state, obs))
             return EnvState.go_on(Inner(state, key), next_obs, reward, done, truncated & ~terminated, obs)
@@ -176,26 +176,31 @@ class Batched(BatchedEnvironment):
     def view(self, state: EnvState) -> Any:
         return jax.vmap(self.env.view)(state.inner.state, state.obs)
 
-    # What the environment returns is checked whenever it is traced: then shapes are those of one environment, which is
-    # what its author wrote.
 
-    def _reset(self, key: Array) -> tuple[Any, Array]:
-        maker, made = f"{type(self.env).__name__}: reset", self.env.reset(key)
-        if not isinstance(made, tuple) or len(made) != 2:
-            raise RunError(f"{maker} returns {_sort(made)}, and must return (state, obs)")
-        _check_field(maker, "obs", made[1], *self.observation)
-        return made
+# What an environment returns is checked whenever it is traced: then shapes are those of one environment, which is what
+# its author wrote.
 
-    def _step(self, key: Array, state: Any, action: Array) -> Step:
-        maker, step = f"{type(self.env).__name__}: step", self.env.step(key, state, action)
-        if not isinstance(step, Step):
-            raise RunError(f"{maker} returns {_sort(step)}, and must return a Step")
-        _check_field(maker, "obs", step.obs, *self.observation)
-        _check_field(maker, "reward", step.reward, (), jnp.float32)
-        for field in ("terminated", "truncated"):
-            _check_field(maker, field, getattr(step, field), (), bool)
-        _check_alike(maker, "state", state, step.state)
-        return jax.tree.map(jnp.asarray, step)
+
+def checked_reset(env: Environment, key: Array) -> tuple[Any, Array]:
+    """What `env.reset` returns. Raises RunError if that is not as its interface says."""
+    maker, made = f"{type(env).__name__}: reset", env.reset(key)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise RunError(f"{maker} returns {_sort(made)}, and must return (state, obs)")
+    _check_field(maker, "obs", made[1], *env.observation)
+    return made
+
+
+def checked_step(env: Environment, key: Array, state: Any, action: Array) -> Step:
+    """What `env.step` returns, as arrays. Raises RunError if that is not as its interface says."""
+    maker, step = f"{type(env).__name__}: step", env.step(key, state, action)
+    if not isinstance(step, Step):
+        raise RunError(f"{maker} returns {_sort(step)}, and must return a Step")
+    _check_field(maker, "obs", step.obs, *env.observation)
+    _check_field(maker, "reward", step.reward, (), jnp.float32)
+    for field in ("terminated", "truncated"):
+        _check_field(maker, field, getattr(step, field), (), bool)
+    _check_alike(maker, "state", state, step.state)
+    return jax.tree.map(jnp.asarray, step)
 
 
 def check(env: BatchedEnvironment, state: EnvState) -> None:

@@ -232,7 +232,7 @@ def sees_images(config: ConfigDict) -> bool:
     """Whether observations are images rather than vectors."""
     from dvrl_jax import envs
 
-    return envs.find(config.env.name).observation_of(config.env).is_image
+    return envs.observation_of(config.env).is_image
 
 
 def has_particles(config: ConfigDict) -> bool:
@@ -292,11 +292,12 @@ def finalise(config: ConfigDict) -> ConfigDict:
 _AT_LEAST = {
     1: "total_env_steps num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim "
     "model.num_particles log.interval checkpoint.keep max_skipped_updates",
-    0: "env.observation_std model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
+    0: "env.observation_std env.obs_noise_std env.noise_components env.noise_components_std env.obs_delay "
+    "model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
     "log.save_reconstruction_interval",
 }
 _SIZES = "num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles"
-_SIZES += " model.action_encoding"
+_SIZES += " model.action_encoding env.noise_components env.obs_delay"
 _COUNTS = "max_skipped_updates log.interval checkpoint.interval checkpoint.keep"
 
 
@@ -336,7 +337,11 @@ def _check_values(c: ConfigDict) -> None:
         "total_env_steps", c.total_env_steps < largest, f"less than {largest:,} with updates of {per_update:,} steps"
     )
     require("env.first_core", -1 <= c.env.first_core < 2**16, "a core's number, from 0 on, or -1")
-    require("env.p_blank", 0 <= c.env.p_blank <= 1, "a probability, between 0 and 1")
+    for field in ("p_blank", "p_repeat"):
+        require(f"env.{field}", 0 <= c.env[field] <= 1, "a probability, between 0 and 1")
+    kept = c.env.keep_components
+    valid_kept = all(type(n) is int and n >= 0 for n in kept) and len(set(kept)) == len(kept)
+    require("env.keep_components", valid_kept, "different whole numbers, each at least 0")
     require("loss.reward_scale", c.loss.reward_scale > 0, "greater than 0")
     require("loss.gamma", 0 <= c.loss.gamma <= 1, "between 0 and 1")
     require("optimizer.name", c.optimizer.name in ("rmsprop", "adam"), "rmsprop or adam")
@@ -370,7 +375,9 @@ def _check_kinds(c: ConfigDict) -> None:
     require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
     kind.check(c)
     try:
-        shape = kind.observation_of(c.env).shape
+        shape = envs.observation_of(c.env).shape
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"env: {c.num_envs} of {c.env.name} cannot be made ({error})") from None
     try:

@@ -69,7 +69,7 @@ class TensorBoard(Logger):
             except RunError as error:
                 print(f"{error}; TensorBoard shows nothing of that update", flush=True)
                 continue
-            picture = reconstructions.picture(config.env.name, arrays)
+            picture = reconstructions.picture(config.env, arrays)
             if picture is not None:
                 self._add([_picture("reconstructions", picture)], int(arrays["env_steps"]))
         self._flush()

@@ -354,7 +354,7 @@ class _Writer:
             one = seeds.member(state, place)
             arrays = reconstructions.to_storage(self.reconstruct(one) | {"env_steps": one.env_steps})
             reconstructions.save(self.members[place].directory.path, int(one.update), arrays)
-            picture = reconstructions.picture(self.config.env.name, arrays)
+            picture = reconstructions.picture(self.config.env, arrays)
             if picture is not None:
                 self.logs[place].image("reconstructions", picture, int(one.env_steps))
 

@@ -121,6 +121,10 @@ def check_video(path: Path, video: Path) -> None:
     """
     pictures.check_path(video)
     config = read_run_config(path)
+    if config.env.keep_components:
+        raise RunError(
+            f"--video: {config.env.name} has no picture with env.keep_components = {config.env.keep_components}"
+        )
     if pictures.find_painter(envs.find(config.env.name), config_lib.sees_images(config)) is None:
         raise pictures.no_picture(config.env.name)
 

@@ -112,15 +112,17 @@ def rewind(path: Path, update: int) -> None:
             shutil.rmtree(path / FOLDER / str(later))
 
 
-def picture(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+def picture(config, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
     """The stored arrays of the first environments as a picture, uint8 [height, width, 1 or 3].
 
-    `name` is what configurations call the environment; None if nobody knows how to draw it, or nothing is predicted.
+    `config` is the `env` group of a configuration; None if nobody knows how to draw it, or nothing is predicted.
     """
+    if config.keep_components:
+        return None
     from dvrl_jax.viewing import pictures  # Takes a moment to import, and most runs draw nothing.
 
     observation = arrays["observation"][:MAX_SHOWN]
-    painter = pictures.find_painter(envs.find(name), is_image=observation.ndim == 4)
+    painter = pictures.find_painter(envs.find(config.name), is_image=observation.ndim == 4)
     times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))
     if painter is None or not times:
         return None

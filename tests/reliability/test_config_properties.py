@@ -74,7 +74,7 @@ def test_any_values_are_settled_or_refused_by_name(fields):
 
 SIZES, COEFS = st.integers(1, 3), st.sampled_from([0.0, 0.1, 1.0])
 VALID = {
-    "algorithm": st.sampled_from(["rnn", "dvrl"]),
+    "algorithm": st.sampled_from(["rnn", "dvrl", "memoryless"]),
     "seed": st.integers(0, 2**31 - 1),
     "total_env_steps": st.just(1),  # Replaced by two updates' worth.
     "num_envs": st.integers(1, 4),
@@ -82,6 +82,13 @@ VALID = {
     "bptt_segments": SIZES,
     "max_skipped_updates": st.integers(2, 100),
     "env.name": st.sampled_from(["MountainHike", "MountainHike", "MountainHike", "Pong", "Breakout"]),
+    "env.reveal_state": st.booleans(),
+    "env.keep_components": st.sampled_from([(), (), (1,), (1, 0), (2,)]),
+    "env.obs_noise_std": COEFS,
+    "env.noise_components": st.integers(0, 2),
+    "env.noise_components_std": COEFS,
+    "env.obs_delay": st.integers(0, 2),
+    "env.p_repeat": st.sampled_from([0.0, 0.5, 1.0]),
     "env.p_blank": st.sampled_from([0.0, 0.5, 1.0]),
     "env.frame_skip": st.integers(1, 5),
     "env.first_core": st.integers(-1, 5),
@@ -90,6 +97,7 @@ VALID = {
     "model.h_dim": SIZES,
     "model.z_dim": SIZES,
     "model.action_encoding": st.integers(0, 2),
+    "model.reward_input": st.booleans(),
     "model.num_particles": SIZES,
     "model.batch_norm": st.booleans(),
     "model.policy_batch_norm": st.booleans(),

@@ -18,8 +18,8 @@ READING, PARTICLE, BELIEF, PATH = "tab:orange", "tab:red", "tab:red", "white"
 
 
 def positions(observations: np.ndarray) -> np.ndarray:
-    """Observations [..., 2] as positions in the box."""
-    return observations / mountain_hike.OBSERVATION_SCALE
+    """Observations [..., 2] as positions in the box; further components, which are noise, are left out."""
+    return observations[..., :2] / mountain_hike.OBSERVATION_SCALE
 
 
 @functools.cache
@@ -134,7 +134,7 @@ class HikePainter:
                 axis.plot(*positions(observation[number]), "x", color=READING, markersize=9, markeredgewidth=2.5)
             axis.set_title(f"environment {number}", fontsize="medium")
             axis.label_outer()
-        figure.colorbar(dots, ax=axes, ticks=times, label="steps ahead", shrink=0.6)
+        figure.colorbar(dots, ax=axes.flat[: len(observation)], ticks=times, label="steps ahead", shrink=0.6)
         figure.suptitle(
             "orange: the reading; dots: positions expected some steps ahead (0: the reconstruction)", fontsize="medium"
         )
