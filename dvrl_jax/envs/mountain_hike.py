@@ -94,5 +94,9 @@ class MountainHike(Environment):
         """The true position [2]."""
         return state.position
 
+    def state_vector(self, state: HikeState) -> Array:
+        """The true position [2], scaled as readings are."""
+        return OBSERVATION_SCALE * state.position
+
     def _observe(self, position: Array, noise: Array) -> Array:
         return OBSERVATION_SCALE * (position + self.observation_std * noise)
