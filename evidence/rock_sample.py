@@ -39,16 +39,23 @@ class Played(NamedTuple):
     alive: Array
 
 
-@functools.partial(jax.jit, static_argnames=("env", "steps", "sees"))
+@functools.partial(jax.jit, static_argnames=("env", "episodes", "steps", "sees"))
 def play(
-    env: task.RockSample, steps: int, vectors: Array, gamma: float, key: Array, random: float = 0.0, sees: bool = False
+    env: task.RockSample,
+    episodes: int,
+    steps: int,
+    vectors: Array,
+    gamma: float,
+    key: Array,
+    random: float = 0.0,
+    sees: bool = False,
 ) -> Played:
-    """Plays `BATCH` episodes for at most `steps` steps by the vectors [C, 2^k, m], with one step of lookahead.
+    """Plays episodes for at most `steps` steps by the vectors [C, 2^k, m], with one step of lookahead.
 
     Args:
         random: share of random actions. sees: act as if knowing the rocks, not by the exact belief.
     """
-    batch, rocks = Batched(env, BATCH), jnp.array(env.rocks)
+    batch, rocks = Batched(env, episodes), jnp.array(env.rocks)
 
     def best(position, belief):
         values = lambda x: planner.action_values(env, vectors, gamma, *x)
@@ -58,7 +65,7 @@ def play(
         state, belief, alive = carry
         rover = state.inner.state
         known = rover.good.astype(jnp.float32) if sees else belief
-        nothing = lambda *_: jnp.zeros(BATCH, jnp.int32)
+        nothing = lambda *_: jnp.zeros(episodes, jnp.int32)
         action = jax.lax.cond(jnp.any(alive), best, nothing, rover.position, known)
         explore_key, action_key = jax.random.split(key)
         other = jax.random.randint(action_key, action.shape, 0, env.action.size)
@@ -71,8 +78,8 @@ def play(
         return (after, updated, alive & ~after.done), played
 
     reset_key, steps_key = jax.random.split(key)
-    belief = jnp.broadcast_to(task.first_belief(len(env.rocks)), (BATCH, len(env.rocks)))
-    start = (batch.reset(reset_key), belief, jnp.ones(BATCH, bool))
+    belief = jnp.broadcast_to(task.first_belief(len(env.rocks)), (episodes, len(env.rocks)))
+    start = (batch.reset(reset_key), belief, jnp.ones(episodes, bool))
     return jax.lax.scan(step, start, jax.random.split(steps_key, steps))[1]
 
 
@@ -87,7 +94,7 @@ def plan(env: task.RockSample, model: planner.Model, gamma: float, points: int, 
     cells, beliefs = [], []
     for number, random in enumerate(EXPLORATION):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), number)
-        played = jax.tree.map(np.asarray, play(env, min(env.steps, 60), playing, gamma, key, random))
+        played = jax.tree.map(np.asarray, play(env, BATCH, min(env.steps, 60), playing, gamma, key, random))
         position = played.position[played.alive]
         cells.append(position[:, 0] * (env.n + 1) + position[:, 1])
         beliefs.append(played.belief[played.alive])
@@ -108,10 +115,10 @@ class Result(NamedTuple):
 
 def evaluate(name: str, env: task.RockSample, vectors: Array, gamma: float, episodes: int, seed: int, sees=False):
     """The `Result` of a policy over at least `episodes` whole episodes."""
-    results = []
-    for number in range(-(-episodes // BATCH)):
+    results, batch = [], min(episodes, BATCH)
+    for number in range(-(-episodes // batch)):
         key = jax.random.fold_in(jax.random.PRNGKey(seed + 1), number)
-        played = jax.tree.map(np.asarray, play(env, env.steps, vectors, gamma, key, 0.0, sees))
+        played = jax.tree.map(np.asarray, play(env, batch, env.steps, vectors, gamma, key, 0.0, sees))
         earned = np.where(played.alive, played.reward, 0.0).astype(np.float64)
         discount = gamma ** np.arange(env.steps)[:, None]
         results.append(np.stack([(discount * earned).sum(axis=0), earned.sum(axis=0), played.alive.sum(axis=0)]))
