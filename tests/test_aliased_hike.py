@@ -23,7 +23,7 @@ MIRRORS = [np.array(signs) for signs in itertools.product([1.0, -1.0], repeat=2)
 
 @pytest.fixture(scope="module")
 def hikes():
-    """Actions, observations, positions, exact beliefs, modes, each [2, EPISODES, T, ...]: at random, and always east."""
+    """Actions, observations, positions, beliefs, modes, each [2, EPISODES, T, ...]; at random, and always east."""
     rng = np.random.default_rng(0)
     at_random = rng.normal(size=(STEPS, EPISODES, 2))
     actions = jnp.asarray([at_random, np.broadcast_to([0.05, 0.0], at_random.shape)], jnp.float32)
