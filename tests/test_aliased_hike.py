@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from configs import aliased_hike as aliased_configuration
 from configs import distractor_hike as distractor_configuration
@@ -16,6 +17,8 @@ from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import pictures, recording
 from dvrl_jax.viewing.pictures import aliased as aliased_pictures
+from evidence import aliased_hike as reference
+from evidence import planner
 
 STD, STEPS, EPISODES, SPACING = 0.3, 26, 16, 0.05
 MIRRORS = [np.array(signs) for signs in itertools.product([1.0, -1.0], repeat=2)]
@@ -130,6 +133,19 @@ def test_distractors_say_nothing_and_the_rest_is_mountain_hike():
         assert np.all(np.abs(distractors.std(axis=0) - 10 / np.sqrt(12)) < 0.2)
         assert np.all(np.abs(np.corrcoef(distractors.T, step.obs[:, :2].T) - np.eye(5))[:3] < 5 / np.sqrt(many))
     assert not np.any(first[:, 2:] == step.obs[:, 2:])
+
+
+def test_expected_outlooks_are_those_of_the_places_believed_in():
+    rng, spacing, n = np.random.default_rng(0), 0.05, 12
+    outlook, actions = rng.normal(size=(n, n)), planner.action_set(5)
+    places = [(0.25, (4, 5)), (0.75, (6, 2))]  # Probability and cell.
+    belief = np.zeros((n, n))
+    expected = np.zeros(len(actions))
+    for probability, cell in places:
+        belief[cell] = probability
+        expected += probability * ndimage.map_coordinates(outlook, (cell + actions / spacing).T, order=1)
+    found = reference.expected_outlooks(jnp.asarray(outlook), jnp.asarray(belief), actions, spacing)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_configurations_name_their_hikes_and_agents():
