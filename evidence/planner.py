@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
-from jax.scipy.stats import norm
 
 from dvrl_jax.envs import mountain_hike as hike
+from dvrl_jax.envs.hike_grid import cell_probabilities
 from evidence import kalman
 
 Array = jax.Array
@@ -61,14 +61,6 @@ def action_set(directions: int) -> np.ndarray:
 def cost(actions: Array) -> Array:
     """What actions [..., 2] cost, [...]."""
     return hike.ACTION_COST * jnp.linalg.norm(actions, axis=-1)
-
-
-def cell_probabilities(centre: Array, axis: Array, variance: Array) -> Array:
-    """Probability [..., n] of each cell along one axis under N(centre [...], variance); all in one cell for 0."""
-    edges = 0.5 * (axis[1:] + axis[:-1])
-    below = norm.cdf((edges - centre[..., None]) / jnp.sqrt(jnp.maximum(variance, 1e-12)))
-    zero = jnp.zeros_like(below[..., :1])
-    return jnp.diff(jnp.concatenate([zero, below, zero + 1.0], axis=-1), axis=-1)
 
 
 def blur(field: Array, axis: Array, variance: Array) -> Array:

@@ -205,7 +205,7 @@ COMMANDS = [
     (["--config=configs/mountain_hike_rnn.py", "--config.model.hdim=3"], "model.hdim"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model.h_dim=1.5"], "config.model.h_dim"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
-    (["--config=nothing"], "'nothing' (configurations are atari_dvrl, atari_rnn, default, "),
+    (["--config=nothing"], "'nothing' (configurations are aliased_hike, atari_dvrl, atari_rnn, default, "),
     (["--config=pond_rnn"], "did you mean pong_rnn?"),
     (["--config=configs/pond_rnn.py"], "did you mean configs/pong_rnn.py?"),
     (["--config", "atari_dvrl:Pnog"], "env.name"),

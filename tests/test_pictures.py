@@ -92,7 +92,7 @@ def test_videos_of_games_run_as_the_games_do(frame_skip, fps):
 
 
 def test_the_map_is_the_right_way_up():
-    _, (axis, *_) = hike._layout(3)
+    _, (axis, *_) = hike.layout(3)
     hike.draw_landscape(axis)
     image = axis.images[0]
     # What is drawn at a place, found by way of the axis's own transformations, is the reward of that place.

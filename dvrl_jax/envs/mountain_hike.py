@@ -95,7 +95,7 @@ class MountainHike(Environment):
         return state.position
 
     def state_vector(self, state: HikeState) -> Array:
-        """The true position [2], as it would be read without noise."""
+        """The true position [2], scaled as readings are."""
         return OBSERVATION_SCALE * state.position
 
     def _observe(self, position: Array, noise: Array) -> Array:

@@ -15,8 +15,10 @@ from PIL import Image
 from dvrl_jax.envs.base import Task
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import run_directory
+from dvrl_jax.viewing.pictures.aliased import AliasedPainter
 from dvrl_jax.viewing.pictures.frames import FramePainter
 from dvrl_jax.viewing.pictures.hike import HikePainter
+from dvrl_jax.viewing.pictures.rocks import RockPainter
 from dvrl_jax.viewing.recording import Recording
 
 ENDINGS = (".mp4", ".gif", ".png")
@@ -42,7 +44,12 @@ class Painter(Protocol):
 
 
 # Painters of the package's own environments, by name. Another environment has its own (`Environment.painter`).
-PAINTERS: dict[str, type[Painter]] = {"MountainHike": HikePainter}
+PAINTERS: dict[str, type[Painter]] = {
+    "AliasedHike": AliasedPainter,
+    "DistractorHike": HikePainter,
+    "MountainHike": HikePainter,
+    "RockSample": RockPainter,
+}
 
 
 def find_painter(env: Task | type[Task], is_image: bool) -> Painter | None:
@@ -126,4 +133,15 @@ def _ffmpeg():
     return imageio_ffmpeg
 
 
-__all__ = ["FramePainter", "HikePainter", "Painter", "check_path", "find_painter", "no_picture", "painter_for", "write"]
+__all__ = [
+    "AliasedPainter",
+    "FramePainter",
+    "HikePainter",
+    "Painter",
+    "RockPainter",
+    "check_path",
+    "find_painter",
+    "no_picture",
+    "painter_for",
+    "write",
+]

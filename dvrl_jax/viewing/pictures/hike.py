@@ -51,7 +51,7 @@ class HikePainter:
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
         """The map with all particles of the step at the left; weights, distances and values at the right."""
-        figure, (axis, *side) = _layout(4 if recording.weights is not None else 3)
+        figure, (axis, *side) = layout(4 if recording.weights is not None else 3)
         draw_landscape(axis)
         (path,) = axis.plot([], [], color=PATH, linewidth=1.5, label="true path")
         (here,) = axis.plot([], [], "o", color=PATH, markeredgecolor="black", markersize=9, label="true position")
@@ -64,7 +64,7 @@ class HikePainter:
             (guess,) = axis.plot([], [], "+", color=BELIEF, markersize=13, markeredgewidth=2.5, label="belief's mean")
             # With a dark edge: it usually lies on particles.
             guess.set_path_effects([withStroke(linewidth=5, foreground="black")])
-        _legend(axis, skip=() if recording.particles is not None else ("particles (area: weight)",))
+        legend(axis, skip=() if recording.particles is not None else ("particles (area: weight)",))
         title = axis.set_title("")
         cursors = _curves(side, recording)
         if recording.weights is not None:
@@ -94,7 +94,7 @@ class HikePainter:
 
     def figure(self, recording: Recording) -> Figure:
         """The still as a matplotlib figure, for notebooks."""
-        figure, (axis, *side) = _layout(3)
+        figure, (axis, *side) = layout(3)
         draw_landscape(axis)
         if recording.particles is not None:
             where, sizes = positions(recording.particles).reshape(-1, 2), 2 + 40 * recording.weights.ravel()
@@ -106,7 +106,7 @@ class HikePainter:
         if believed is not None:
             axis.plot(*believed.T, "-", color=BELIEF, linewidth=1.2, label="belief's mean")
         axis.plot(*recording.view[0], "o", color=PATH, markeredgecolor="black", markersize=8, label="start")
-        _legend(axis)
+        legend(axis)
         axis.set_title(f"one episode of {len(recording.view)} steps, return {recording.reward.sum():.1f}")
         _curves(side, recording, cursor=False)
         return figure
@@ -141,14 +141,14 @@ class HikePainter:
         return figure_to_array(figure)
 
 
-def _layout(panels: int) -> tuple[Figure, list[Axes]]:
+def layout(panels: int) -> tuple[Figure, list[Axes]]:
     """A map at the left, and panels - 1 small axes at the right."""
     figure = Figure(figsize=(11.0, 6.6), dpi=90, layout="constrained")
     grid = figure.add_gridspec(panels - 1, 2, width_ratios=(1.75, 1.0))
     return figure, [figure.add_subplot(grid[:, 0]), *(figure.add_subplot(grid[i, 1]) for i in range(panels - 1))]
 
 
-def _legend(axis: Axes, skip: tuple[str, ...] = ()) -> None:
+def legend(axis: Axes, skip: tuple[str, ...] = ()) -> None:
     entries = [(h, label) for h, label in zip(*axis.get_legend_handles_labels(), strict=True) if label not in skip]
     # Below the map, where it hides nothing; dark, because the path is white.
     style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
