@@ -121,6 +121,7 @@ class Agent(nnx.Module, abc.ABC):
     name: str | None = None
     settings: Mapping[str, Any] = {}
     losses: Mapping[str, float] = {"encoding": 0.0}
+    second_value_head: networks.Linear | None = None
 
     def __init__(
         self,
@@ -306,6 +307,17 @@ class Agent(nnx.Module, abc.ABC):
     def value(self, features: Array) -> Array:
         """Value [..., B]."""
         return self.value_head(x=features)[..., 0]
+
+    def add_second_value(self, *, rngs: nnx.Rngs) -> None:
+        """Makes a second value head (see `lambda_discrepancy.py`)."""
+        self.second_value_head = networks.Linear({"x": self.summary_size}, 1, rngs=rngs)
+
+    def values(self, features: Array) -> Array:
+        """Value [..., B]; of both heads, [2, ..., B], where there is a second one."""
+        first = self.value(features)
+        if self.second_value_head is None:
+            return first
+        return jnp.stack([first, self.second_value_head(x=features)[..., 0]])
 
     # --- Foreseeing observations -------------------------------------------------------------------------------------
 

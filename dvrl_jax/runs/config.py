@@ -244,6 +244,8 @@ def _check(c: ConfigDict) -> None:
     betas = c.optimizer.betas
     valid_betas = len(betas) == 2 and all(_is_number(b) and b >= 0 and np.float32(b) < 1 for b in betas)
     require("optimizer.betas", valid_betas, "two numbers, each at least 0 and less than 1")
+    valid_lambdas = len(c.loss.td_lambdas) == 2 and all(_is_number(x) and 0 <= x <= 1 for x in c.loss.td_lambdas)
+    require("loss.td_lambdas", valid_lambdas, "two numbers, each between 0 and 1")
     channels = c.model.channels
     valid_channels = all(type(n) is int and 1 <= n <= LARGEST for n in channels)
     require("model.channels", valid_channels, f"whole numbers, at least 1 and at most {LARGEST:,}")
