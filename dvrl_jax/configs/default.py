@@ -35,6 +35,10 @@ def get_config() -> ConfigDict:
     c.model.policy_batch_norm = False  # Batch normalisation of what actor and critic see.
     c.model.detach_encoder = False  # Train the belief by the ELBO alone.
     c.model.resample = True  # Resample particles (always off when loss.encoding_coef is 0).
+    c.model.resampling = "systematic"  # Or "stratified", "multinomial", "residual", "soft", "none" (docs/beliefs.md).
+    c.model.resample_below = 1.0  # Resample below this share of the particles in effective sample size; 1: always.
+    c.model.soft_alpha = 0.5  # Soft resampling is by this share of the weights and a uniform rest.
+    c.model.summary = "gru"  # Particles for actor and critic: "gru", "mean", "mgf", "attention" (docs/beliefs.md).
     c.model.obs_loss_coef = 0.0  # Observation prediction loss (RNN); loss.encoding_coef weighs it too.
 
     c.loss = ConfigDict()

@@ -301,11 +301,14 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         (">= config.max_skipped_updates", ">= 10**6"),
     ],
     DVRL: [
-        ("u = jax.random.uniform(u_key, (steps, num_envs))", "u = jnp.full((steps, num_envs), 0.5)"),
+        (
+            "u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)",
+            "u = jnp.full((steps, num_envs), 0.5)",
+        ),
         ("jax.random.normal(eps_key", "jax.random.uniform(eps_key"),
         ("u_key, eps_key = jax.random.split(key)", "u_key = eps_key = key"),
-        ("proposal_log_prob - prior_log_prob)", "prior_log_prob - proposal_log_prob)"),
-        ("-emission_log_prob)\n", "emission_log_prob)\n"),
+        ("log_probs.proposal - log_probs.prior)", "log_probs.prior - log_probs.proposal)"),
+        ("-log_probs.emission)\n", "log_probs.emission)\n"),
         ("-jax.nn.logsumexp(-loss, -1)", "jax.nn.logsumexp(loss, -1)"),
         ("ddof=1", "ddof=0"),
         ("self.by_particle(emission), mask)", "self.by_particle(emission), None)"),
