@@ -377,6 +377,11 @@ class Agent(nnx.Module, abc.ABC):
                 f"log.save_reconstruction_interval = {config.log.save_reconstruction_interval}: must be 0 for "
                 f"{cls.describe(config)}, which predicts nothing"
             )
+        if not cls.losses and config.loss.encoding_coef:
+            raise ConfigError(
+                f"loss.encoding_coef = {config.loss.encoding_coef}: must be 0 for {cls.describe(config)}, which has no "
+                "loss of its own"
+            )
         if config.model.detach_encoder and not any(config.loss[f"{name}_coef"] for name in cls.losses):
             coefs = " or ".join(f"loss.{name}_coef" for name in cls.losses) or "a loss of its own"
             raise ConfigError(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default configuration: DVRL's baseline settings, without an environment's own."""
     c = ConfigDict()
-    c.algorithm = "rnn"  # Belief model: "dvrl" (particles) or "rnn" (baseline).
+    c.algorithm = "rnn"  # Belief model: "dvrl", "dpfrl" (particles), "rnn" (baseline), "lru" (linear recurrence).
     c.seed = 0  # Fixes all randomness: weights, environments, draws.
     c.total_env_steps = 50_000_000  # Length of training in transitions, over all environments.
     c.num_envs = 16  # Environments stepped together.

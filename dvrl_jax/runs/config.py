@@ -186,7 +186,7 @@ def finalise(config: ConfigDict) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     _check(config)
-    if config.loss.encoding_coef == 0:
+    if config.loss.encoding_coef == 0 and "encoding" in agents.named()[config.algorithm].losses:
         config.model.resample = False
     return config
 
