@@ -222,8 +222,13 @@ def check_peer(config) -> None:
     wanted |= {"model.batch_norm": (m.batch_norm and is_vector, False)}
     wanted |= {"model.policy_batch_norm": (m.policy_batch_norm, m.batch_norm)}
     wanted |= {"optimizer.name": (config.optimizer.name, "rmsprop"), "loss.action_coef": (config.loss.action_coef, 1.0)}
+    wanted["loss.lambda_discrepancy_coef"] = (config.loss.lambda_discrepancy_coef, 0.0)
     if config.algorithm == "dvrl":
         wanted["model.resample"] = (m.resample, True)
+        wanted |= {"model.resampling": (m.resampling, "systematic"), "model.resample_below": (m.resample_below, 1.0)}
+        wanted["model.summary"] = (m.summary, "gru")
+    elif config.algorithm != "rnn":
+        raise ConfigError(f"algorithm = {config.algorithm!r}: the PyTorch peer has 'dvrl' and 'rnn' only")
     for field, (value, only) in wanted.items():
         if value != only:
             raise ConfigError(f"{field} = {value!r}: the PyTorch peer has {only!r} only")

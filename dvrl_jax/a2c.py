@@ -4,8 +4,6 @@ An update first *acts* for a segment of `num_steps` environment steps (`acting.p
 *learns*: the segment's recurrence runs once more, then what each step foresaw and chose, and this is differentiated
 (see `notes.py` for why the second pass is nearly free). From the beginning of the segment the gradient continues
 through the earlier ones of the window (`bptt.py`).
-
-Everything between two log lines, the environments included, is one call of `Learner.run`.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dvrl_jax import choices
+from dvrl_jax import choices, lambda_discrepancy
 from dvrl_jax.acting import Actor, Rollout
 from dvrl_jax.agents import Agent, bind, select
 from dvrl_jax.bptt import Backpropagation
@@ -122,7 +120,10 @@ def segment_loss(
     features = replayed(agent.features, rollout.summary_notes)(beliefs)
     policy = agent.policy(features)
     rewards = config.loss.reward_scale * rollout.env.reward
-    returns = n_step_returns(rewards, rollout.env.done, rollout.bootstrap, config.loss.gamma, rollout.end_value)
+    if config.loss.lambda_discrepancy_coef:
+        returns, auxiliary = lambda_discrepancy.losses(agent.values(features), rollout, rewards, auxiliary, config.loss)
+    else:
+        returns = n_step_returns(rewards, rollout.env.done, rollout.bootstrap, config.loss.gamma, rollout.end_value)
     judged = (agent.value(features), policy.log_prob(rollout.action), policy.entropy())
     losses = a2c_losses(*judged, auxiliary, returns, rollout.env.valid, config.loss)
     return losses["total"], Outcome(rollout, losses, returns, metrics)

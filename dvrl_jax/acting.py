@@ -55,6 +55,7 @@ class Rollout(NamedTuple):
         segment: for taking its recurrence again. score_notes, summary_notes: what else was noted, of T steps.
         action: [T, B, ...] taken. env: [T, B] outcomes of the steps; observations and inner states left out.
         bootstrap: [B], value of the last observation. end_value: [T, B], stands in the return where an episode ends.
+        Of two value heads [2, B] and [T, 2, B].
     """
 
     actor: Actor
@@ -71,6 +72,8 @@ class Rollout(NamedTuple):
 def make_agent(config, env: BatchedEnvironment, key: Array) -> Agent:
     """Makes the agent that `config.algorithm` names, with fresh weights."""
     agent = agents.named()[config.algorithm](config.model, env.observation, env.action, rngs=nnx.Rngs(key))
+    if config.loss.lambda_discrepancy_coef:
+        agent.add_second_value(rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
     name_layers(agent)
     return agent
 
@@ -95,9 +98,9 @@ def observe(agent: Agent, actor: Actor, noise: Any) -> tuple[Any, UpdateInfo]:
 
 
 def value_of(agent: Agent, actor: Actor, noise: Any) -> Array:
-    """The value [B] of the observation at hand, by a belief update that leaves no trace."""
+    """The value [B] ([2, B] of two heads) of the observation at hand, by a belief update that leaves no trace."""
     belief, _ = observe(agent, actor, noise)
-    return agent.value(agent.features(belief))
+    return agent.values(agent.features(belief))
 
 
 def act(

@@ -19,9 +19,25 @@ def normalised_weights(log_weights: Array) -> Array:
 
     Returns: weights [..., K], non-negative, summing to 1.
     """
-    top = jnp.max(log_weights, axis=-1, keepdims=True)
-    safe = jnp.where(jnp.isneginf(top), 0.0, log_weights)
+    safe = _not_all_zero(log_weights)
     return jax.nn.softmax(safe, axis=-1)
+
+
+def normalised_log_weights(log_weights: Array) -> Array:
+    """The logarithms of `normalised_weights`, [..., K]."""
+    return jax.nn.log_softmax(_not_all_zero(log_weights), axis=-1)
+
+
+def _not_all_zero(log_weights: Array) -> Array:
+    """log_weights [..., K], and 0 where all K are -inf."""
+    top = jnp.max(log_weights, axis=-1, keepdims=True)
+    return jnp.where(jnp.isneginf(top), 0.0, log_weights)
+
+
+# --- Resampling ------------------------------------------------------------------------------------------------------
+#
+# The functions called `..._ancestors` take log_weights [B, K], not necessarily normalised, and uniform numbers in
+# [0, 1), and return ancestors [B, K], int32, in 0..K-1. Particle k gets K w_k copies on average. No gradient passes.
 
 
 def systematic_ancestors(log_weights: Array, u: Array) -> Array:
@@ -38,9 +54,60 @@ def systematic_ancestors(log_weights: Array, u: Array) -> Array:
     """
     chex.assert_rank([log_weights, u], [2, 1])
     num_particles = log_weights.shape[-1]
+    return _owners(log_weights, (u[:, None] + jnp.arange(num_particles)) / num_particles)
+
+
+def stratified_ancestors(log_weights: Array, u: Array) -> Array:
+    """Stratified resampling: position (u_k + k)/K has a draw u [B, K] of its own for each k (Kitagawa, 1996)."""
+    chex.assert_equal_shape([log_weights, u])
+    num_particles = log_weights.shape[-1]
+    return _owners(log_weights, (u + jnp.arange(num_particles)) / num_particles)
+
+
+def multinomial_ancestors(log_weights: Array, u: Array) -> Array:
+    """Multinomial resampling: K independent draws u [B, K] (Gordon, Salmond & Smith, 1993)."""
+    chex.assert_equal_shape([log_weights, u])
+    return _owners(log_weights, u)
+
+
+def residual_ancestors(log_weights: Array, u: Array) -> Array:
+    """Residual resampling: floor(K w_k) copies of particle k for certain (Liu & Chen, 1998).
+
+    The rest are independent draws, of u [B, K], by the weights K w_k - floor(K w_k) that are left.
+    """
+    chex.assert_equal_shape([log_weights, u])
+    num_particles = log_weights.shape[-1]
+    expected = jax.lax.stop_gradient(num_particles * normalised_weights(log_weights))
+    certain = jnp.floor(expected)
+    ends = jnp.cumsum(certain, axis=-1)
+    slots = jnp.arange(num_particles)
+    owners = jnp.sum(ends[:, None, :] <= slots[:, None], axis=-1, dtype=jnp.int32)
+    return jnp.where(slots < ends[:, -1:], owners, _owners(jnp.log(expected - certain), u))
+
+
+def soft_ancestors(log_weights: Array, u: Array, alpha: float) -> Array:
+    """Soft resampling: systematic, with u [B], by q = alpha w + (1 - alpha)/K (Karkus, Hsu & Lee, 2018).
+
+    Particle k gets K q_k copies on average, whose weights are then `soft_log_weights`.
+    """
+    proposal = alpha * normalised_weights(log_weights) + (1.0 - alpha) / log_weights.shape[-1]
+    return systematic_ancestors(jnp.log(proposal), u)
+
+
+def soft_log_weights(log_weights: Array, ancestors: Array, alpha: float) -> Array:
+    """Log weights [B, K] after soft resampling, w_a / (K q_a) of ancestor a; the gradient passes to log_weights [B, K].
+
+    Their sum is 1 on average, and so sum_k w_a f(x_a) / (K q_a) is sum_k w_k f(x_k) on average.
+    """
+    num_particles = log_weights.shape[-1]
+    chosen = jnp.take_along_axis(normalised_log_weights(log_weights), ancestors, axis=-1)
+    return chosen - jnp.log(num_particles * alpha * jnp.exp(chosen) + (1.0 - alpha))
+
+
+def _owners(log_weights: Array, positions: Array) -> Array:
+    """The particles [B, K] that own positions [B, K] in [0, 1] of the cumulative normalised weights, int32."""
     cumulative = jnp.cumsum(normalised_weights(jax.lax.stop_gradient(log_weights)), axis=-1)
     cumulative = cumulative / cumulative[:, -1:]  # The last entry is exactly 1 whatever the rounding.
-    positions = (u[:, None] + jnp.arange(num_particles)) / num_particles
     # (u + K - 1)/K can round up to 1.0, where the look-up would end past the last particle of any weight.
     positions = jnp.minimum(positions, 1.0 - jnp.finfo(positions.dtype).epsneg)
     # The number of entries at or below a position is the index of the particle that owns it.
@@ -102,8 +169,13 @@ def log_weight(prior_log_prob: Array, proposal_log_prob: Array, emission_log_pro
     return prior_log_prob - proposal_log_prob + emission_log_prob
 
 
-def elbo(log_weights: Array) -> Array:
-    """One step's evidence lower bound, log 1/K sum_k w_k, from log_weights [B, K]; returns [B]."""
+def elbo(log_weights: Array, inherited: Array | None = None) -> Array:
+    """One step's evidence lower bound, log sum_k v_k w_k, from log_weights [B, K]; returns [B].
+
+    The particles' logarithmic weights log v_k before the step are `inherited` [B, K]; without them v_k = 1/K.
+    """
+    if inherited is not None:
+        return jax.nn.logsumexp(inherited + log_weights, axis=-1)
     return jax.nn.logsumexp(log_weights, axis=-1) - math.log(log_weights.shape[-1])
 
 
@@ -115,3 +187,8 @@ def effective_sample_size(weights: Array) -> Array:
 def weighted_mean(values: Array, log_weights: Array) -> Array:
     """Average of values [B, K, ...] over the particles under the normalised weights [B, K]; returns [B, ...]."""
     return jnp.einsum("bk,bk...->b...", normalised_weights(log_weights), values)
+
+
+def moment_generating_features(exponents: Array, log_weights: Array) -> Array:
+    """M_j = sum_k w_k exp(v_j . h_k) (Ma et al., ICLR 2020), from exponents v_j . h_k [..., K, M]; returns [..., M]."""
+    return jnp.einsum("...k,...km->...m", normalised_weights(log_weights), jnp.exp(exponents))

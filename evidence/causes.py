@@ -107,8 +107,8 @@ def view_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]:
 
 
 def variance_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]:
-    """Median standard deviations of proposal, prior and emission (of vectors only); {} without particles."""
-    if not hasattr(actor.belief, "log_weight"):
+    """Median standard deviations of proposal, prior and emission (of vectors only); {} without a latent z."""
+    if not hasattr(actor.belief, "z"):
         return {}
     start = playing.observe(agent, actor, key)
     inputs = agent.encode(start.timestep)

@@ -56,6 +56,8 @@ def features_of(agent: Agent, belief: Any) -> dict[str, Array]:
     if not hasattr(belief, "log_weight"):
         return {"state h": belief.h}
     mean = lambda x: pf.weighted_mean(x, belief.log_weight)
+    if not hasattr(belief, "z"):
+        return {HEADS: agent.features(belief), "particles' mean h": mean(belief.h)}
     return {
         HEADS: agent.features(belief),
         "particles' mean [h, phi_z]": mean(jnp.concatenate([belief.h, belief.phi_z], axis=-1)),

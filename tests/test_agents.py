@@ -259,6 +259,14 @@ def test_foreign_weights_that_do_not_fit_are_named():
         from_original(agent, fitting)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(agent), before)
 
+    for algorithm, fields, message in [
+        ("dvrl", {"model__summary": "mean"}, "are of agents with model.summary = 'gru'"),
+        ("rnn", {"loss__lambda_discrepancy_coef": 0.1}, "are of agents with one value head"),
+    ]:
+        other = acting.make_agent(tiny_config(algorithm, **fields), env, jax.random.PRNGKey(0))
+        with pytest.raises(ValueError, match=message):
+            from_original(other, fitting)
+
     class Unlike:
         """Another kind of agent."""
 

@@ -119,3 +119,9 @@ def test_the_peer_is_compared_only_with_what_it_computes():
     config = config_lib.finalise(tiny_hike("dvrl", model__resample=False))
     with pytest.raises(ConfigError, match="resample = False: the PyTorch peer has True only"):
         throughput.check_peer(config)
+    with pytest.raises(ConfigError, match="summary = 'mgf': the PyTorch peer has 'gru' only"):
+        throughput.check_peer(config_lib.finalise(tiny_hike("dvrl", model__summary="mgf")))
+    lru = tiny_hike("rnn")
+    lru.algorithm = "lru"
+    with pytest.raises(ConfigError, match="algorithm = 'lru': the PyTorch peer has 'dvrl' and 'rnn' only"):
+        throughput.check_peer(config_lib.finalise(lru))

@@ -20,7 +20,7 @@ from tests.tiny import tiny_config
 NUM_STEPS, NUM_ENVS, MOST_SEGMENTS = 2, 3, 5
 
 # Beliefs by name, with a policy (categorical or gaussian). Then: batch norm (bn), one particle (one), lineages not
-# in use (whole), the previous reward as an input (reward).
+# in use (whole), soft resampling and moment-generating features (soft).
 CASES = [
     "dvrl-categorical-bn",
     "dvrl-gaussian",
@@ -29,6 +29,8 @@ CASES = [
     "rnn-gaussian-reward",
     "toy-categorical",
 ]
+# Of these, a window of two segments alone: each case above takes long to compile.
+SHORT_CASES = ["dpfrl-gaussian-soft", "dvrl-categorical-soft", "lru-gaussian"]
 
 
 def recorded_episodes(discrete: bool) -> Recording:
@@ -109,17 +111,34 @@ def relative_difference(a, b):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    algorithm, policy, *more = request.param.split("-")
+    return case_of(request.param, MOST_SEGMENTS)
+
+
+def case_of(name, segments):
+    algorithm, policy, *more = name.split("-")
     env = recorded_episodes(policy == "categorical")
-    config = tiny_config(algorithm, bptt_segments=MOST_SEGMENTS, model__batch_norm="bn" in more)
+    config = tiny_config(algorithm, bptt_segments=segments, model__batch_norm="bn" in more)
     config.model.num_particles, config.model.reward_input = 1 if "one" in more else 3, "reward" in more
+    if "soft" in more:
+        config.model.resampling, config.model.summary = "soft", "mgf"
     learner = make_learner(config, env, Choices(lineages="whole" not in more))
-    assert ("through_recurrence" in learner.way_back) == (request.param == "dvrl-gaussian")
+    assert ("through_recurrence" in learner.way_back) == (name == "dvrl-gaussian")
     state = learner.init(jax.random.PRNGKey(3))
     state = state._replace(params=off_the_kink(state.params))
-    results, windows = window_of(learner, state, MOST_SEGMENTS)
+    results, windows = window_of(learner, state, segments)
     agent = nnx.merge(learner.graphdef, state.params, state.batch_stats)
     return config, env, learner, state, agent, results, windows
+
+
+@pytest.mark.parametrize("name", SHORT_CASES)
+def test_gradient_equals_autodiff_through_two_segments(name):
+    config, env, learner, state, agent, results, windows = case_of(name, 2)
+    expected = jax.jit(jax.grad(lambda p: unrolled_loss(p, agent, config, env, results, 0)))(state.params)
+    assert relative_difference(results[-1][0], expected) < 1e-5
+    # Of which the earlier segment has a share.
+    actor, window, draws = windows[-1]
+    alone, _ = gradient_of(learner)(state.params, state.batch_stats, actor, window, 0, draws)
+    assert relative_difference(alone, expected) > 1e-4
 
 
 def shortened(window, segments):

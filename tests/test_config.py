@@ -61,11 +61,17 @@ IMPOSSIBLE = [
     ("model.channels", (32, 64), "3 channel counts"),
     ("model.channels", (32, 0, 32), "at least 1"),
     ("loss.gamma", 1.1, "between 0 and 1"),
+    ("loss.td_lambdas", (1.0, 0.0, 0.5), "two numbers"),
+    ("loss.td_lambdas", (1.0, -0.1), "two numbers"),
+    ("model.summary", "sum", "one of gru, mean, mgf, attention"),
+    ("model.resampling", "sytematic", "one of systematic, stratified"),
+    ("model.resample_below", 1.1, "between 0 and 1"),
+    ("model.soft_alpha", -0.1, "between 0 and 1"),
     ("loss.reward_scale", 0.0, "greater than 0"),
     ("optimizer.name", "sgd", "rmsprop or adam"),
     ("optimizer.learning_rate", float("nan"), "finite"),
     ("optimizer.betas", (0.9,), "two numbers"),
-    ("algorithm", "lstm", "one of dvrl, memoryless, rnn"),
+    ("algorithm", "lstm", "one of dpfrl, dvrl, lru, memoryless, rnn"),
 ]
 
 
@@ -86,6 +92,24 @@ def test_a_detached_belief_needs_a_loss_of_its_own(name):
     config.update_from_flattened_dict({"model.detach_encoder": True, "loss.encoding_coef": 0.0})
     with pytest.raises(ConfigError, match=r"^model.detach_encoder = True: must be False without loss.enc"):
         config_lib.finalise(config)
+
+
+def test_resampling_that_is_switched_off_has_no_scheme_of_its_own():
+    config = importlib.import_module("configs.mountain_hike_dvrl").get_config()
+    config.model.resampling = "soft"
+    config_lib.finalise(config)
+    for field, value in (("model.resample", False), ("loss.encoding_coef", 0.0)):
+        changed = config_lib.merge(config_lib.flatten(config) | {field: value})
+        with pytest.raises(ConfigError, match=r"^model.resampling = 'soft': must be 'systematic' where"):
+            config_lib.finalise(changed)
+
+
+@pytest.mark.parametrize("algorithm", ["dpfrl", "lru"])
+def test_a_belief_without_losses_has_no_encoding_loss(algorithm):
+    with pytest.raises(ConfigError, match=rf"^loss.encoding_coef = 0.1: must be 0 for {algorithm}, which has no loss"):
+        config_lib.from_fields({"algorithm": algorithm, "loss.encoding_coef": 0.1})
+    # What switches DVRL's resampling off does not switch off theirs.
+    assert config_lib.from_fields({"algorithm": algorithm}).model.resample
 
 
 def test_an_rnn_has_both_weights_of_its_observation_loss_or_none():

@@ -183,6 +183,74 @@ def test_killed_particles_counts_those_without_a_child():
     np.testing.assert_array_equal(pf.killed_particles(jnp.asarray(ancestors)), expected)
 
 
+# --- Other schemes ---------------------------------------------------------------------------------------------------
+
+PER_PARTICLE = {
+    "stratified": pf.stratified_ancestors,
+    "multinomial": pf.multinomial_ancestors,
+    "residual": pf.residual_ancestors,
+}
+
+
+@pytest.mark.parametrize("scheme", PER_PARTICLE)
+def test_other_schemes_copy_particles_as_often_as_their_weights_say(scheme):
+    size, num_particles = NUM_DRAWS, 6
+    log_weights = random_log_weights(20, num_particles)
+    expected = num_particles * softmax(log_weights)
+    u = np.random.default_rng(21).random((size, num_particles), np.float32)
+    ancestors = jax.jit(PER_PARTICLE[scheme])(np.broadcast_to(log_weights, u.shape), u)
+    assert ancestors.dtype == np.int32 and np.min(ancestors) >= 0 and np.max(ancestors) < num_particles
+    copies = copies_of(np.asarray(ancestors))
+    standard_error = np.std(copies, axis=0) / np.sqrt(size)
+    np.testing.assert_array_less(np.abs(copies.mean(axis=0) - expected), 5 * standard_error + 1e-6)
+    # What tells them apart: the variance of the copies, from that of independent draws down.
+    independent = expected * (1 - expected / num_particles)
+    ratio = np.sum(np.var(copies, axis=0)) / np.sum(independent)
+    assert 0.97 < ratio < 1.03 if scheme == "multinomial" else ratio < 0.7
+    if scheme == "residual":
+        assert np.all(copies >= np.floor(expected))
+
+
+@pytest.mark.parametrize("scheme", PER_PARTICLE)
+@pytest.mark.parametrize("log_weights", [[-np.inf] * 4, [0.0] * 4, [-np.inf, 0.0, -np.inf, -np.inf]])
+def test_other_schemes_stay_in_range_at_the_ends(scheme, log_weights):
+    for u in (0.0, LARGEST_U):
+        found = PER_PARTICLE[scheme](jnp.array([log_weights]), jnp.full((1, 4), u))
+        assert np.min(found) >= 0 and np.max(found) <= 3
+        if np.isneginf(log_weights[0]) and log_weights[1] == 0.0:
+            np.testing.assert_array_equal(found, [[1] * 4])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_soft_resampling_leaves_weighted_means_as_they_are_on_average(alpha):
+    log_weights = np.log(np.array([0.62, 0.2, 0.1, 0.05, 0.03])).astype(np.float32) - 400
+    values, weights = np.array([1.0, -2.0, 3.0, 10.0, -7.0]), softmax(log_weights)
+    every = np.broadcast_to(log_weights, (NUM_DRAWS, 5))
+    ancestors = np.asarray(pf.soft_ancestors(every, uniforms(22, NUM_DRAWS), alpha))
+    proposal = alpha * weights + (1 - alpha) / 5
+    np.testing.assert_allclose(copies_of(ancestors).mean(axis=0), 5 * proposal, atol=0.02)
+    corrected = np.exp(np.asarray(pf.soft_log_weights(every, ancestors, alpha), np.float64))
+    np.testing.assert_allclose(corrected, (weights / (5 * proposal))[ancestors], rtol=1e-4)
+    estimates = np.sum(corrected * values[ancestors], axis=1)
+    error = np.std(estimates) / np.sqrt(NUM_DRAWS)
+    assert abs(estimates.mean() - np.sum(weights * values)) < 5 * error + 1e-4
+
+
+def test_soft_resamplings_gradient_passes_through_the_weights():
+    """Of log w_a - log(alpha K w_a + 1 - alpha), by finite differences; hard resampling's weights have none."""
+    log_weights, ancestors = np.array([[0.3, -1.0, 0.2]], np.float64), np.array([[0, 0, 2]])
+    with jax.enable_x64(True):
+        total = lambda x, alpha: jnp.sum(jnp.arange(1.0, 4.0) * pf.soft_log_weights(x, ancestors, alpha))
+        gradient = jax.grad(total)(jnp.asarray(log_weights), 0.5)
+        nudges = 1e-6 * np.eye(3)
+        slopes = [float(total(log_weights + n, 0.5) - total(log_weights - n, 0.5)) / 2e-6 for n in nudges]
+        np.testing.assert_allclose(gradient[0], slopes, rtol=1e-6)
+        assert np.min(np.abs(gradient)) > 0.01
+        np.testing.assert_allclose(jax.grad(total)(jnp.asarray(log_weights), 1.0), np.zeros((1, 3)), atol=1e-12)
+        dead = jax.grad(total)(jnp.array([[0.3, -np.inf, 0.2]]), 0.5)
+        assert np.all(np.isfinite(dead))
+
+
 # --- Densities -------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +329,23 @@ def test_elbo_is_the_log_of_the_mean_weight(offset):
     # Mean weights: (1 + 2 + 3 + 6) / 4 = 3 and (4 + 0 + 0 + 0) / 4 = 1.
     log_weights = np.array([np.log([1, 2, 3, 6]), [np.log(4), *[-np.inf] * 3]], np.float32) + np.float32(offset)
     np.testing.assert_allclose(pf.elbo(log_weights), offset + np.log([3, 1]), rtol=1e-6, atol=1e-6)
+
+
+def test_elbo_of_inherited_weights_is_the_log_of_their_weighted_mean():
+    log_weights, inherited = np.log([[1.0, 2.0, 5.0]]), np.log([[0.5, 0.25, 0.25]])
+    np.testing.assert_allclose(pf.elbo(log_weights, inherited), np.log([2.25]), rtol=1e-6)
+    equal = np.full((1, 3), -np.log(3))
+    np.testing.assert_allclose(pf.elbo(log_weights, equal), pf.elbo(log_weights), rtol=1e-6)
+
+
+def test_moment_generating_features_are_those_of_the_weighted_sum():
+    rng = np.random.default_rng(23)
+    exponents, log_weights = rng.normal(size=(2, 3, 4, 5)), rng.normal(-500, 2, size=(2, 3, 4))
+    expected = np.zeros((2, 3, 5))
+    for k in range(4):
+        expected += softmax(log_weights)[..., k, None] * np.exp(exponents[..., k, :])
+    actual = pf.moment_generating_features(exponents.astype(np.float32), log_weights.astype(np.float32))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
 def test_elbo_of_one_particle_is_its_log_weight():

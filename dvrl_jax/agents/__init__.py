@@ -7,7 +7,7 @@ from dvrl_jax.agents.memoryless import Memoryless
 from dvrl_jax.agents.rnn import RNN
 from dvrl_jax.errors import DiscoveryError
 
-TAKEN = ("action", "entropy", "total", "value")  # Losses that every agent has.
+TAKEN = ("action", "entropy", "lambda_discrepancy", "second_value", "total", "value")  # Losses that every agent has.
 
 
 def named() -> dict[str, type[Agent]]:

@@ -121,6 +121,7 @@ class Agent(nnx.Module, abc.ABC):
     name: str | None = None
     settings: Mapping[str, Any] = {}
     losses: Mapping[str, float] = {"encoding": 0.0}
+    second_value_head: networks.Linear | None = None
 
     def __init__(
         self,
@@ -312,6 +313,17 @@ class Agent(nnx.Module, abc.ABC):
         """Value [..., B]."""
         return self.value_head(x=features)[..., 0]
 
+    def add_second_value(self, *, rngs: nnx.Rngs) -> None:
+        """Makes a second value head (see `lambda_discrepancy.py`)."""
+        self.second_value_head = networks.Linear({"x": self.summary_size}, 1, rngs=rngs)
+
+    def values(self, features: Array) -> Array:
+        """Value [..., B]; of both heads, [2, ..., B], where there is a second one."""
+        first = self.value(features)
+        if self.second_value_head is None:
+            return first
+        return jnp.stack([first, self.second_value_head(x=features)[..., 0]])
+
     # --- Foreseeing observations -------------------------------------------------------------------------------------
 
     def add_emission(self, sizes: Mapping[str, int], config, *, rngs: nnx.Rngs) -> None:
@@ -371,6 +383,11 @@ class Agent(nnx.Module, abc.ABC):
             raise ConfigError(
                 f"log.save_reconstruction_interval = {config.log.save_reconstruction_interval}: must be 0 for "
                 f"{cls.describe(config)}, which predicts nothing"
+            )
+        if not cls.losses and config.loss.encoding_coef:
+            raise ConfigError(
+                f"loss.encoding_coef = {config.loss.encoding_coef}: must be 0 for {cls.describe(config)}, which has no "
+                "loss of its own"
             )
         if config.model.detach_encoder and not any(config.loss[f"{name}_coef"] for name in cls.losses):
             coefs = " or ".join(f"loss.{name}_coef" for name in cls.losses) or "a loss of its own"

@@ -8,7 +8,10 @@ from flax import nnx
 
 from dvrl_jax import networks, notes
 from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents import particles
 from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo
+from dvrl_jax.agents.particles import Carry, Resampling
+from dvrl_jax.errors import ConfigError
 
 Array = jax.Array
 
@@ -19,30 +22,51 @@ class Belief(NamedTuple):
     Attributes:
         h: [B, K, H] deterministic state. z: [B, K, Z] stochastic state, encoded as phi_z: [B, K, H].
         log_weight: [B, K], not normalised.
+        inherited: [B, K], the log weights before the update; None where each step's weights count for that step alone.
     """
 
     h: Array
     z: Array
     phi_z: Array
     log_weight: Array
+    inherited: Array | None = None
 
     @property
-    def carry(self) -> Array:
-        return self.h
+    def carry(self) -> Array | Carry:
+        return self.h if self.inherited is None else Carry(self.h, self.log_weight)
 
 
 class Noise(NamedTuple):
-    """Randomness of updates: `u` [T, B] uniform, for resampling; `eps` [T, B, K, Z] standard normal, for z."""
+    """Randomness of updates: `u` [T, B] or [T, B, K] uniform, for resampling; `eps` [T, B, K, Z] normal, for z."""
 
     u: Array
     eps: Array
 
 
 class Trace(NamedTuple):
-    """What a step depends on: ancestors [B, K] int32 (None without resampling) and eps [B, K, Z]."""
+    """What a step depends on: ancestors [B, K] int32 (None without resampling), eps [B, K, Z], and where resampling was
+    done [B] (None if everywhere or nowhere).
+    """
 
     ancestors: Array | None
     eps: Array
+    resampled: Array | None = None
+
+
+class InputsWithTarget(NamedTuple):
+    """`Inputs`, and the observation [B, ...] that weights which cross steps depend on."""
+
+    drive: Any
+    phi_a: Array | None
+    obs: Array
+
+
+class LogProbs(NamedTuple):
+    """log p(z), log q(z) and log p(o), each [B, K]."""
+
+    prior: Array
+    proposal: Array
+    emission: Array
 
 
 class Drive(NamedTuple):
@@ -53,7 +77,10 @@ class Drive(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The particles of one step, as the paper names them: resampled h, proposal q(z), z, phi_z and the next h."""
+    """The particles of one step, as the paper names them: resampled h, proposal q(z), z, phi_z and the next h.
+
+    Where weights cross steps, also log weights [B, K] before and after the step, and what they differ by.
+    """
 
     h_prev: Array
     proposal_mean: Array
@@ -61,10 +88,13 @@ class Step(NamedTuple):
     z: Array
     phi_z: Array
     h: Array
+    log_probs: LogProbs | None = None
+    inherited: Array | None = None
+    log_weight: Array | None = None
 
     @property
-    def carry(self) -> Array:
-        return self.h
+    def carry(self) -> Array | Carry:
+        return self.h if self.inherited is None else Carry(self.h, self.log_weight)
 
 
 class DVRL(Agent):
@@ -73,10 +103,11 @@ class DVRL(Agent):
     name = "dvrl"
 
     def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
-        super().__init__(config, observation, action, rngs=rngs)
-        self.num_particles, self.z_dim = config.num_particles, config.z_dim
-        self.resampling = config.resample
         h, z, norm = config.h_dim, config.z_dim, config.batch_norm
+        size = particles.summary_size(config, {"h": h, "phi_z": h})
+        super().__init__(config, observation, action, summary_size=size, rngs=rngs)
+        self.num_particles, self.z_dim = config.num_particles, config.z_dim
+        self.resampling = Resampling.of(config) if config.resample else Resampling(None)
         self.proposal_hidden = networks.Linear(self.input_sizes | {"h": h}, h, rngs=rngs)
         self.proposal_activation = networks.Activation(h, norm)
         self.proposal = networks.Normal(h, z, rngs=rngs)
@@ -85,16 +116,13 @@ class DVRL(Agent):
         self.prior_hidden = networks.Linear({"h": h} | self.action_sizes, h, rngs=rngs)
         self.prior = networks.Normal(h, z, rngs=rngs)
         self.add_emission({"phi_z": h, "h": h} | self.action_sizes, config, rngs=rngs)
-        summary_inputs = {"h": h, "phi_z": h, "weight": 1}
-        if config.num_particles > 1:
-            self.summary = networks.GRUCell(summary_inputs, h, uniform=True, rngs=rngs)
-        else:
-            self.summary = networks.Linear(summary_inputs, h, rngs=rngs)
+        self.summary = particles.make_summary(config, {"h": h, "phi_z": h}, rngs=rngs)
 
     def initial(self, num_envs: int) -> Belief:
         """K equal particles of zeros for each environment."""
         zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
-        return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros())
+        inherited = zeros() if self.resampling.keeps_weights else None
+        return Belief(zeros(self.h_dim), zeros(self.z_dim), zeros(self.h_dim), zeros(), inherited)
 
     def drive(self, encoded: dict[str, Array]) -> Drive:
         """What observation and action, [..., F] each, add to the proposal's and the recurrence's products: once per
@@ -103,21 +131,35 @@ class DVRL(Agent):
         return Drive(self.proposal_hidden.product(**encoded), self.gru.product(**encoded))
 
     def draw(self, key: Array, steps: int, num_envs: int) -> Noise:
-        """For each step u [B], uniform, to resample with, and eps [B, K, Z], normal, to make z of."""
+        """For each step u, uniform, to resample with, and eps [B, K, Z], normal, to make z of."""
         u_key, eps_key = jax.random.split(key)
-        u = jax.random.uniform(u_key, (steps, num_envs))
+        u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)
         return Noise(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
 
     def sample_trace(self, belief: Belief, noise: Noise) -> Trace:
-        """Resamples: which particles go on, and the noise of their z. Noise: u [B], eps [B, K, Z]."""
-        ancestors = pf.systematic_ancestors(belief.log_weight, noise.u) if self.resampling else None
-        return Trace(ancestors, noise.eps)
+        """Resamples: which particles go on, and the noise of their z. Noise: u, eps [B, K, Z]."""
+        ancestors, resampled = self.resampling.sample(belief.log_weight, noise.u)
+        return Trace(ancestors, noise.eps, resampled)
 
-    def advance(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
-        """Copies h [B, K, H] of the chosen ancestors, draws z from the proposal, and advances h."""
-        if trace.ancestors is not None:
-            h = pf.resample(h, trace.ancestors)
-        return self.propagate(h, inputs, trace)
+    def add_context(self, seen: Drive, timestep: Timestep) -> Inputs | InputsWithTarget:
+        """Where weights cross steps, so that the recurrence scores particles, the inputs hold the observation too."""
+        inputs = super().add_context(seen, timestep)
+        return InputsWithTarget(*inputs, timestep.obs) if self.resampling.keeps_weights else inputs
+
+    def advance(self, carry: Array | Carry, inputs: Inputs | InputsWithTarget, trace: Trace) -> Step:
+        """Copies h [B, K, H] of the chosen ancestors, draws z from the proposal, and advances h and carried weights."""
+        step = self.propagate(self.inherited_h(carry, trace), inputs, trace)
+        if not self.resampling.keeps_weights:
+            return step
+        inherited = self.resampling.inherited(carry.log_weight, trace.ancestors, trace.resampled)
+        log_probs = self.log_probs(step, inputs, inputs.obs)
+        return step._replace(log_probs=log_probs, inherited=inherited, log_weight=inherited + pf.log_weight(*log_probs))
+
+    @staticmethod
+    def inherited_h(carry: Array | Carry, trace: Trace) -> Array:
+        """h [B, K, H] of the ancestors of a step."""
+        h = carry.h if isinstance(carry, Carry) else carry
+        return h if trace.ancestors is None else pf.resample(h, trace.ancestors)
 
     def propagate(self, h: Array, inputs: Inputs, trace: Trace) -> Step:
         """Draws z from the proposal and advances the inherited h [B, K, H]."""
@@ -129,16 +171,24 @@ class DVRL(Agent):
 
     def score(self, step: Step, inputs: Inputs, trace: Trace, timestep: Timestep) -> tuple[Belief, UpdateInfo]:
         """Weighs the particles by prior, proposal and emission; the loss is the negative ELBO."""
-        proposal_log_prob = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
-        prior_log_prob = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs))
-        emission = self.emission_of(step.phi_z, step.h_prev, inputs)
-        emission_log_prob = notes.note(self.emission_log_prob(timestep.obs, emission), "emission_log_prob")
-        log_weight = pf.log_weight(prior_log_prob, proposal_log_prob, emission_log_prob)
-        elbo = pf.elbo(log_weight)
+        log_probs = self.log_probs(step, inputs, timestep.obs) if step.log_probs is None else step.log_probs
+        log_weight = pf.log_weight(*log_probs)
+        elbo = pf.elbo(log_weight, step.inherited)
         metrics = {} if trace.ancestors is None else {"particles.killed": pf.killed_particles(trace.ancestors)}
-        metrics |= _spread("loss.prior", proposal_log_prob - prior_log_prob)
-        metrics |= _spread("loss.emission", -emission_log_prob)
-        return Belief(step.h, step.z, step.phi_z, log_weight), UpdateInfo(trace, {"encoding": -elbo}, metrics)
+        metrics |= _spread("loss.prior", log_probs.proposal - log_probs.prior)
+        metrics |= _spread("loss.emission", -log_probs.emission)
+        if step.inherited is not None:
+            log_weight = step.log_weight
+            metrics["particles.effective"] = pf.effective_sample_size(pf.normalised_weights(log_weight))
+        belief = Belief(step.h, step.z, step.phi_z, log_weight, step.inherited)
+        return belief, UpdateInfo(trace, {"encoding": -elbo}, metrics)
+
+    def log_probs(self, step: Step, inputs: Inputs | InputsWithTarget, obs: Array) -> LogProbs:
+        """What prior, proposal and emission say of a step's particles and of obs [B, ...]."""
+        proposal = pf.normal_log_prob(step.z, step.proposal_mean, step.proposal_var)
+        prior = pf.normal_log_prob(step.z, *self.prior_of(step.h_prev, inputs))
+        emission = self.emission_of(step.phi_z, step.h_prev, inputs)
+        return LogProbs(prior, proposal, notes.note(self.emission_log_prob(obs, emission), "emission_log_prob"))
 
     def recur(self, h: Array, phi_z: Array, drive: Drive) -> Array:
         """The next h [B, K, H] from the previous one, phi_z [B, K, H] and the observation and action."""
@@ -172,26 +222,15 @@ class DVRL(Agent):
         return x.reshape(-1, self.num_particles, *x.shape[1:])
 
     def summarise(self, belief: Belief) -> Array:
-        """A GRU over the particles in order, reading [h, phi_z, weight]; its last state. K = 1: one linear map."""
-        weight = pf.normalised_weights(belief.log_weight)[..., None]
-        inputs = {"h": belief.h, "phi_z": belief.phi_z, "weight": weight}
-        if self.num_particles == 1:
-            return self.summary(**inputs)[..., 0, :]
-        gates = self.summary.product(**inputs)
-        state = jnp.zeros_like(belief.h[..., 0, :])
-
-        def read(state, gates):
-            return self.summary(state, gates), None
-
-        return notes.scan("summary", read, state, jnp.moveaxis(gates, -2, 0))[0]
+        """Particles [h, phi_z] and their weights as one vector, by the layer that `model.summary` names."""
+        return self.summary.of({"h": belief.h, "phi_z": belief.phi_z}, belief.log_weight)
 
     def predict(self, start: PredictionStart, times: tuple[int, ...], key: Array) -> dict[int, Array]:
         """Rolls the prior forward, feeding the weight-averaged predicted observation back through the encoder."""
         belief, inputs = start.belief, Inputs(None, self.encode_action(start.timestep))
         predictions = {}
         if 0 in times:
-            ancestors = start.trace.ancestors
-            h_prev = start.carry if ancestors is None else pf.resample(start.carry, ancestors)
+            h_prev = self.inherited_h(start.carry, start.trace)
             predictions[0] = self.expected_observation(belief.phi_z, h_prev, inputs, belief.log_weight)
 
         def step(agent: DVRL, h: Array, dt: Array) -> tuple[Array, Array]:
@@ -206,6 +245,17 @@ class DVRL(Agent):
     @classmethod
     def rows_per_env(cls, config) -> int:
         return config.num_particles
+
+    @classmethod
+    def check(cls, config) -> None:
+        super().check(config)
+        particles.check(config)
+        model = config.model
+        if model.resampling != "systematic" and not (model.resample and config.loss.encoding_coef):
+            raise ConfigError(
+                f"model.resampling = {model.resampling!r}: must be 'systematic' where particles are not resampled, "
+                "since model.resample is False or loss.encoding_coef is 0"
+            )
 
     def expected_observation(self, phi_z: Array, h_prev: Array, inputs: Inputs, log_weight: Array) -> Array:
         """The emission's mean, averaged over the particles by their weights: [B, ...]."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 from dvrl_jax import networks
 from dvrl_jax.agents import DVRL, RNN, Agent
+from dvrl_jax.agents.particles import GRUSummary, LinearSummary
 
 # Entries of a state_dict that have no counterpart here.
 _UNUSED = re.compile(r"(num_batches_tracked|obs_criterion.*)$")
@@ -104,6 +105,10 @@ def _assignments(agent: Agent, source: _Pending):
     if agent.reward_input:
         raise ValueError("original weights: are of agents without model.reward_input")
     is_dvrl = isinstance(agent, DVRL)
+    if is_dvrl and not isinstance(agent.summary, LinearSummary | GRUSummary):
+        raise ValueError("original weights: are of agents with model.summary = 'gru'")
+    if agent.second_value_head is not None:
+        raise ValueError("original weights: are of agents with one value head, loss.lambda_discrepancy_coef = 0")
     prefix = "encoding_network." if is_dvrl else ""
     yield from _encoder(agent.encoder, source, prefix + ("phi_x" if is_dvrl else "encoder"))
     obs_order = _feature_order(agent)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the default configuration: DVRL's baseline settings, without an environment's own."""
     c = ConfigDict()
-    c.algorithm = "rnn"  # Belief model: "dvrl" (particles), "rnn" (baseline), "memoryless" (control).
+    c.algorithm = "rnn"  # Belief model: "dvrl", "dpfrl" (particles), "rnn", "lru" (recurrent), "memoryless" (control).
     c.seed = 0  # Fixes all randomness: weights, environments, draws.
     c.num_seeds = 1  # Seeds trained in one program: `seed`, `seed` + 1, ...
     c.total_env_steps = 50_000_000  # Length of training in transitions, over all environments.
@@ -32,6 +32,10 @@ def get_config() -> ConfigDict:
     c.model.policy_batch_norm = False  # Batch normalisation of what actor and critic see.
     c.model.detach_encoder = False  # Train the belief by the ELBO alone.
     c.model.resample = True  # Resample particles (always off when loss.encoding_coef is 0).
+    c.model.resampling = "systematic"  # Or "stratified", "multinomial", "residual", "soft", "none" (docs/beliefs.md).
+    c.model.resample_below = 1.0  # Resample below this share of the particles in effective sample size; 1: always.
+    c.model.soft_alpha = 0.5  # Soft resampling is by this share of the weights and a uniform rest.
+    c.model.summary = "gru"  # Particles for actor and critic: "gru", "mean", "mgf", "attention" (docs/beliefs.md).
     c.model.obs_loss_coef = 0.0  # Observation prediction loss (RNN); loss.encoding_coef weighs it too.
 
     c.loss = ConfigDict()
@@ -42,14 +46,11 @@ def get_config() -> ConfigDict:
     c.loss.action_coef = 1.0  # Weight of the policy gradient loss.
     c.loss.entropy_coef = 0.01  # Weight of the entropy bonus.
     c.loss.encoding_coef = 0.0  # Weight of the encoding loss (-ELBO; for an RNN its observation loss).
+    c.loss.lambda_discrepancy_coef = 0.0  # Weight of the lambda-discrepancy; above 0 there is a second value head.
+    c.loss.second_value_coef = 0.5  # Weight of the second head's value loss.
+    c.loss.td_lambdas = (1.0, 0.0)  # With two value heads, the lambdas of the first one's and the second one's TD.
 
-    c.optimizer = ConfigDict()
-    c.optimizer.name = "rmsprop"  # "rmsprop" or "adam".
-    c.optimizer.learning_rate = 3e-4  # Step size.
-    c.optimizer.alpha = 0.99  # Decay of RMSProp's squared-gradient average.
-    c.optimizer.betas = (0.9, 0.999)  # Adam's decays.
-    c.optimizer.eps = 1e-5  # Added to the root of the squared-gradient average.
-    c.optimizer.max_grad_norm = 0.5  # Global gradient norm is clipped to this.
+    c.optimizer = _optimizer()
 
     c.log = ConfigDict()
     c.log.interval = 1000  # Updates per metrics line.
@@ -58,10 +59,26 @@ def get_config() -> ConfigDict:
     c.log.save_reconstruction_interval = 0  # Updates between saved reconstructions and predictions; 0 saves none.
     c.log.predicted_times = (0, 1, 2, 3, 4, 5, 10)  # How many steps ahead those predict; 0 is the reconstruction.
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.interval = 10_000  # Updates between checkpoints; 0 leaves it to the next field.
-    c.checkpoint.minutes = 30.0  # A checkpoint is also saved if there was none for so long; 0 leaves it to the other.
-    c.checkpoint.keep = 3  # How many of the latest checkpoints to keep (the best is kept besides).
+    c.checkpoint = _checkpoint()
+    return c
+
+
+def _optimizer() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "rmsprop"  # "rmsprop" or "adam".
+    c.learning_rate = 3e-4  # Step size.
+    c.alpha = 0.99  # Decay of RMSProp's squared-gradient average.
+    c.betas = (0.9, 0.999)  # Adam's decays.
+    c.eps = 1e-5  # Added to the root of the squared-gradient average.
+    c.max_grad_norm = 0.5  # Global gradient norm is clipped to this.
+    return c
+
+
+def _checkpoint() -> ConfigDict:
+    c = ConfigDict()
+    c.interval = 10_000  # Updates between checkpoints; 0 leaves it to the next field.
+    c.minutes = 30.0  # A checkpoint is also saved if there was none for so long; 0 leaves it to the other.
+    c.keep = 3  # How many of the latest checkpoints to keep (the best is kept besides).
     return c
 
 

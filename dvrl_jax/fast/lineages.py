@@ -24,8 +24,10 @@ ROWS = 80  # Particles per pass. Products of fewer are slow; with more, rows are
 
 def apply_to(agent: Agent) -> bool:
     """Whether an agent's particles have lineages and know nothing of each other."""
-    if type(agent) is not DVRL or not agent.resampling or agent.num_particles == 1:
+    if type(agent) is not DVRL or agent.num_particles == 1:
         return False
+    if agent.resampling.scheme is None or agent.resampling.keeps_weights:
+        return False  # Weights that cross steps are normalised over all particles.
     return agent.proposal_activation.norm is None
 
 

@@ -280,10 +280,12 @@ def finalise(config: ConfigDict) -> ConfigDict:
     Raises:
         ConfigError: a value is impossible.
     """
+    from dvrl_jax import agents
+
     config = config.copy_and_resolve_references()
     _check_values(config)
     _check_kinds(config)
-    if config.loss.encoding_coef == 0:
+    if config.loss.encoding_coef == 0 and "encoding" in agents.named()[config.algorithm].losses:
         config.model.resample = False
     return config
 
@@ -352,6 +354,8 @@ def _check_values(c: ConfigDict) -> None:
     betas = c.optimizer.betas
     valid_betas = len(betas) == 2 and all(_is_number(b) and b >= 0 and np.float32(b) < 1 for b in betas)
     require("optimizer.betas", valid_betas, "two numbers, each at least 0 and less than 1")
+    valid_lambdas = len(c.loss.td_lambdas) == 2 and all(_is_number(x) and 0 <= x <= 1 for x in c.loss.td_lambdas)
+    require("loss.td_lambdas", valid_lambdas, "two numbers, each between 0 and 1")
     channels = c.model.channels
     valid_channels = all(type(n) is int and 1 <= n <= LARGEST for n in channels)
     require("model.channels", valid_channels, f"whole numbers, at least 1 and at most {LARGEST:,}")

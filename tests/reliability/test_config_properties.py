@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from dvrl_jax.agents import particles
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs import run_directory, training
@@ -74,7 +75,7 @@ def test_any_values_are_settled_or_refused_by_name(fields):
 
 SIZES, COEFS = st.integers(1, 3), st.sampled_from([0.0, 0.1, 1.0])
 VALID = {
-    "algorithm": st.sampled_from(["rnn", "dvrl", "memoryless"]),
+    "algorithm": st.sampled_from(["rnn", "dvrl", "dpfrl", "lru", "memoryless"]),
     "seed": st.integers(0, 2**31 - 1),
     "total_env_steps": st.just(1),  # Replaced by two updates' worth.
     "num_envs": st.integers(1, 4),
@@ -103,6 +104,10 @@ VALID = {
     "model.policy_batch_norm": st.booleans(),
     "model.detach_encoder": st.booleans(),
     "model.resample": st.booleans(),
+    "model.resampling": st.sampled_from(["systematic", *particles.SCHEMES]),
+    "model.resample_below": st.sampled_from([1.0, 0.5]),
+    "model.soft_alpha": st.sampled_from([0.0, 0.5, 1.0]),
+    "model.summary": st.sampled_from(sorted(particles.SUMMARIES)),
     "model.obs_loss_coef": COEFS,
     "loss.gamma": COEFS,
     "loss.reward_scale": st.sampled_from([0.1, 1.0, 100.0]),
@@ -111,6 +116,9 @@ VALID = {
     "loss.action_coef": COEFS,
     "loss.entropy_coef": COEFS,
     "loss.encoding_coef": COEFS,
+    "loss.lambda_discrepancy_coef": COEFS,
+    "loss.second_value_coef": COEFS,
+    "loss.td_lambdas": st.sampled_from([(1.0, 0.0), (0.5, 0.9)]),
     "optimizer.name": st.sampled_from(["rmsprop", "adam"]),
     "optimizer.learning_rate": st.sampled_from([1e-30, 1e-3]),
     "optimizer.alpha": st.sampled_from([0.0, 0.99]),
