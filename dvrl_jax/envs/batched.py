@@ -165,14 +165,14 @@ class Batched(BatchedEnvironment):
         maker, made = f"{type(self.env).__name__}: reset", self.env.reset(key)
         if not isinstance(made, tuple) or len(made) != 2:
             raise RunError(f"{maker} returns {_sort(made)}, and must return (state, obs)")
-        _check_field(maker, "obs", made[1], *self.observation)
+        _check_field(maker, "obs", made[1], self.observation.shape, self.observation.dtype)
         return made
 
     def _step(self, key: Array, state: Any, action: Array) -> Step:
         maker, step = f"{type(self.env).__name__}: step", self.env.step(key, state, action)
         if not isinstance(step, Step):
             raise RunError(f"{maker} returns {_sort(step)}, and must return a Step")
-        _check_field(maker, "obs", step.obs, *self.observation)
+        _check_field(maker, "obs", step.obs, self.observation.shape, self.observation.dtype)
         _check_field(maker, "reward", step.reward, (), jnp.float32)
         for field in ("terminated", "truncated"):
             _check_field(maker, field, getattr(step, field), (), bool)
