@@ -86,7 +86,8 @@ class RNN(Agent):
             return jnp.mean(losses, axis=tuple(range(1, losses.ndim)))
         if self.observation.likelihood == "categorical":
             return optax.softmax_cross_entropy(emission, target)
-        return jnp.mean(jnp.square(emission[0] - target.reshape(target.shape[0], -1)), axis=-1)
+        target = target.reshape(target.shape[0], -1)
+        return jnp.mean(jnp.square(emission[0] - target), axis=-1)
 
     @classmethod
     def predicts(cls, config) -> bool:

@@ -19,11 +19,12 @@ def get_config() -> ConfigDict:
     c.max_skipped_updates = 100  # Training stops after so many updates in a row that were skipped for NaN or inf.
 
     c.env = ConfigDict()
-    c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".
+    c.env.name = "MountainHike"  # "MountainHike", "gymnax/<id>" or an Atari game, such as "Pong".
     c.env.p_blank = 0.0  # Probability that an observation is replaced by zeros.
     c.env.frame_skip = 4  # Emulator frames per step (Atari).
     c.env.first_core = -1  # Emulator threads are tied to a core each, from this one on (Atari); -1 ties none.
     c.env.observation_std = 0.0  # Noise of a position reading in box units (Mountain Hike).
+    c.env.params = ConfigDict()  # Parameters of a Gymnax environment, such as params.memory_length.
 
     c.model = ConfigDict()
     c.model.channels = (64, 64)  # Encoder widths: 3 convolutions for images, 2 layers for vectors.

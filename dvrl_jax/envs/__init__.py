@@ -4,6 +4,7 @@ from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
+from dvrl_jax.envs.gymnax import Gymnax, is_gymnax
 from dvrl_jax.envs.mountain_hike import MountainHike
 from dvrl_jax.envs.wrappers import Flicker
 from dvrl_jax.errors import DiscoveryError, RunError
@@ -23,7 +24,11 @@ def named() -> dict[str, type[Environment] | type[BatchedEnvironment]]:
 
 
 def find(name: str) -> type[Environment] | type[BatchedEnvironment] | None:
-    """The class of environment that configurations call `name`: one of `named`, or an Atari game; None if neither."""
+    """The class of environment that configurations call `name`; None if it is not one of `named`, or an Atari game, or
+    "gymnax/" and then anything.
+    """
+    if is_gymnax(name):
+        return Gymnax
     return named().get(name) or (Atari if name in game_names() else None)
 
 
@@ -68,12 +73,14 @@ __all__ = [
     "EnvState",
     "Environment",
     "Flicker",
+    "Gymnax",
     "MountainHike",
     "ObservationSpec",
     "Step",
     "as_batch",
     "check",
     "find",
+    "is_gymnax",
     "make_env",
     "named",
 ]

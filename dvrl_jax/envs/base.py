@@ -76,6 +76,12 @@ class Task(abc.ABC):
     steps_per_second: float = 15.0
 
     @classmethod
+    def settings_of(cls, name: str) -> Mapping[str, Any]:
+        """What may be set about the one that configurations call `name`, by dotted name; here, `settings`."""
+        del name
+        return cls.settings
+
+    @classmethod
     def painter(cls) -> Any:
         """Who draws it, a `pictures.Painter`; None leaves that to whoever draws images, and vectors undrawn."""
         return None

@@ -187,7 +187,8 @@ def _config_files(arguments: list[str]) -> list[tuple[Path, str | None]]:
 def _check_config_arguments(arguments: list[str]) -> None:
     """Names a configuration file that is not there or not given, or an unknown field, before the flags are parsed."""
     fields = [match[1] for match in (re.match(r"--?config\.([^=]+)", x) for x in arguments) if match]
-    check_fields(fields, with_settings())
+    # Which parameters a Gymnax environment has, its name tells; they are checked with all other fields.
+    check_fields([field for field in fields if not field.startswith("env.params.")], with_settings())
     files = _config_files(arguments)
     if fields and "config" in FLAGS and not files:
         raise ConfigError(f"--config.{fields[0]}: needs a configuration too, such as --config=pong_dvrl")

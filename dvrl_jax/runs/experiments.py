@@ -270,7 +270,7 @@ def program_of(fields: Mapping[str, Any]) -> str:
     All Atari games count as one; emulating any of them is cheap beside learning.
     """
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not k.startswith(SAME_PROGRAM)}
-    if kept["env.name"] not in envs.named():
+    if kept["env.name"] not in envs.named() and not envs.is_gymnax(kept["env.name"]):
         kept["env.name"] = "Atari"
     return json.dumps(kept, sort_keys=True)
 
