@@ -127,6 +127,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)
     except Exception as error:
+        if isinstance(_original(error), ConfigError):
+            raise _original(error) from None
         for file, argument in _config_files(argv[1:]):
             if said := _mistake_in(file, argument, _original(error)):
                 raise ConfigError(said) from None
