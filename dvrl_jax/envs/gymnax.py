@@ -62,7 +62,7 @@ class Gymnax(Environment):
         own = lambda method: getattr(env, method) if hasattr(type(env), method) else None
         self._reset, self._step = own("reset_env") or env.reset, own("step_env") or env.step
         self._is_truncated = own("is_truncated") if own("step_env") else None
-        self.action, self._act = _action(env.action_space(self.params))
+        self.action, self.to_gymnax = _action(env.action_space(self.params))
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
         obs, state = jax.eval_shape(self._begin, key)
         action = jax.ShapeDtypeStruct(() if self.action.discrete else (self.action.size,), jnp.float32)
@@ -115,7 +115,7 @@ class Gymnax(Environment):
 
     def _go_on(self, key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Any]:
         """(observation, state, reward, terminated, truncated) in Gymnax's own terms."""
-        made = self._step(key, state, self._act(action), self.params)
+        made = self._step(key, state, self.to_gymnax(action), self.params)
         if not isinstance(made, tuple) or len(made) not in (5, 6):
             raise ValueError("step must return (obs, state, reward, terminated, truncated, info), or done for the two")
         if len(made) == 6:  # The next episode has begun in what it returns, if this one has ended.
@@ -134,13 +134,12 @@ def _gymnax():
     """
     try:
         import gymnax
-        from gymnax.environments.environment import Environment as Base
     except ImportError as error:
         raise ConfigError(f"env.name: {PREFIX}... needs the extra 'gymnax' ({INSTALL}); {error}") from None
-    if not hasattr(gymnax, "registered_envs") or not hasattr(Base, "is_truncated"):
+    if not hasattr(gymnax, "registered_envs") or not hasattr(gymnax, "register"):  # The latter is new in 1.0.
         raise ConfigError(
-            f"env.name: {PREFIX}... needs Gymnax 1.0.1 or later ({INSTALL}), and {gymnax.__file__} is another package of "
-            "that name, such as the one that popgym-arcade installs"
+            f"env.name: {PREFIX}... needs Gymnax 1.0.1 or later ({INSTALL}), and {gymnax.__file__} is another package "
+            "of that name, such as the one that popgym-arcade installs"
         )
     return gymnax
 

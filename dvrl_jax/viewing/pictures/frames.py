@@ -108,7 +108,7 @@ class FramePainter:
 
 
 def _visible(images: np.ndarray) -> np.ndarray:
-    """Images [..., c] as uint8 with 1 or 3 channels; of any other number, each is one colour, the brightest on top."""
+    """Images [..., c] as uint8 with 1 or 3 channels; of any other number, each has a colour, the brightest on top."""
     images, channels = to_uint8(images), images.shape[-1]
     if channels in (1, 3):
         return images
