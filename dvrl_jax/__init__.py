@@ -32,6 +32,7 @@ _HOMES = {
     "BatchedEnvironment": "envs",
     "Environment": "envs",
     "Games": "viewing.evaluation",
+    "Gymnax": "envs",
     "ObservationSpec": "envs",
     "Recording": "viewing.recording",
     "Run": "api",

@@ -28,18 +28,22 @@ class ConvSpec:
     def output_size(self, size: int) -> int:
         return (size + 2 * self.padding - self.kernel) // self.stride + 1
 
+    def input_size(self, size: int) -> int:
+        """The least size of which this output is made: what the transposed convolution returns."""
+        return (size - 1) * self.stride + self.kernel - 2 * self.padding
+
 
 def conv(x: Array, kernel: Array, spec: ConvSpec) -> Array:
     """Convolution (cross-correlation) of x [N, H, W, C] with kernel [k, k, C, D]: [N, H', W', D]."""
     chex.assert_rank([x, kernel], 4)
-    size, channels, features = spec.output_size(x.shape[1]), kernel.shape[2], kernel.shape[3]
+    channels, features = kernel.shape[2:]
     s, m, p = spec.stride, spec.kernel // spec.stride, spec.padding
-    extent = s * (size - 1 + m)
+    height, width = (s * (spec.output_size(size) - 1 + m) for size in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    blocks = space_to_depth(x[:, :extent, :extent], s)
+    blocks = space_to_depth(x[:, :height, :width], s)
     kernel = kernel.reshape(m, s, m, s, channels, features).transpose(0, 2, 1, 3, 4, 5)
     kernels = kernel.reshape(m, m, s * s * channels, features)
-    tiles = _tiles_for(kernels, size)
+    tiles = _tiles_for(kernels, *(size // s - m + 1 for size in (height, width)))
     return tiles.conv(blocks, kernels) if tiles else shifted_conv(blocks, kernels)
 
 
@@ -54,17 +58,20 @@ def conv_transpose_blocks(x: Array, kernel: Array, spec: ConvSpec) -> Array:
     channels, features = kernel.shape[0], kernel.shape[-1]
     kernel = kernel.reshape(channels, m, s, m, s, features).transpose(1, 3, 0, 2, 4, 5)
     kernels = kernel.reshape(m, m, channels, s * s * features)
-    tiles = _tiles_for(kernels, x.shape[1])
+    tiles = _tiles_for(kernels, *x.shape[1:3])
     return tiles.conv_transpose(x, kernels) if tiles else shifted_conv_transpose(x, kernels)
 
 
-def _tiles_for(kernels: Array, size: int):
-    """The module that computes in tiles, if it is in use and faster for kernels [m, m, C, D]; else None."""
-    if not choices.current().tiles:
+def _tiles_for(kernels: Array, height: int, width: int):
+    """The module that computes in tiles, if it is in use and faster for kernels [m, m, C, D]; else None.
+
+    `height` and `width` are the smaller image's; tiles are for square ones.
+    """
+    if not choices.current().tiles or height != width:
         return None
     from dvrl_jax.fast import tiles
 
-    return tiles if tiles.pay(kernels, size) else None
+    return tiles if tiles.pay(kernels, height) else None
 
 
 def space_to_depth(x: Array, block: int) -> Array:

@@ -291,8 +291,39 @@ IMAGE_ENCODERS: dict[int, tuple[ConvSpec, ConvSpec, ConvSpec]] = {
 }
 
 
+SMALLEST_IMAGE = 5
+# Convolutions of images of other sizes, by the least length of the shorter side.
+OTHER_IMAGE_ENCODERS = {
+    64: IMAGE_ENCODERS[84],
+    16: IMAGE_ENCODERS[32],
+    SMALLEST_IMAGE: (ConvSpec(3, 1, 1), ConvSpec(4, 2, 1), ConvSpec(3, 1, 1)),
+}
+
+
+def image_layers(height: int, width: int) -> tuple[ConvSpec, ConvSpec, ConvSpec]:
+    """The encoder's convolutions for images of this size, none of whose sides is less than `SMALLEST_IMAGE`."""
+    if height == width and height in IMAGE_ENCODERS:
+        return IMAGE_ENCODERS[height]
+    return next(specs for least, specs in OTHER_IMAGE_ENCODERS.items() if min(height, width) >= least)
+
+
+def layer_sizes(size: int, specs: Sequence[ConvSpec]) -> list[int]:
+    """Lengths of one side of an image before the first and after each of some convolutions.
+
+    The first of them is the least that is not less than `size` and of which no layer leaves out the last pixels: so
+    much is the image padded. The transposed convolutions go through the same lengths in the opposite order.
+    """
+    for padded in itertools.count(size):
+        sizes = list(itertools.accumulate(specs, lambda size, spec: spec.output_size(size), initial=padded))
+        if all(
+            spec.input_size(after) == before
+            for spec, (before, after) in zip(specs, itertools.pairwise(sizes), strict=True)
+        ):
+            return sizes
+
+
 def encoded_shape(obs_shape: Sequence[int], channels: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the encoder's output for one observation: (side, side, channels[-1]) for images, else (channels[-1],).
+    """Shape of the encoder's output for one observation: (h, w, channels[-1]) for images, else (channels[-1],).
 
     Raises:
         ValueError: no network is defined for this observation shape, or `channels` has the wrong length.
@@ -301,15 +332,19 @@ def encoded_shape(obs_shape: Sequence[int], channels: Sequence[int]) -> tuple[in
         if len(channels) != 2:
             raise ValueError(f"vector observations need 2 layer widths, not {len(channels)}")
         return (channels[-1],)
-    if len(obs_shape) != 3 or obs_shape[0] != obs_shape[1] or obs_shape[0] not in IMAGE_ENCODERS:
-        sides = ", ".join(f"{side}x{side}" for side in IMAGE_ENCODERS)
-        raise ValueError(f"no network for observations of shape {tuple(obs_shape)}; images must be {sides}")
+    if len(obs_shape) != 3 or min(obs_shape[:2]) < SMALLEST_IMAGE:
+        rule = f"they must be vectors, or images of at least {SMALLEST_IMAGE}x{SMALLEST_IMAGE}"
+        raise ValueError(f"no network for observations of shape {tuple(obs_shape)}; {rule}")
     if len(channels) != 3:
         raise ValueError(f"image observations need 3 channel counts, not {len(channels)}")
-    side = obs_shape[0]
-    for spec in IMAGE_ENCODERS[side]:
-        side = spec.output_size(side)
-    return (side, side, channels[-1])
+    specs = image_layers(*obs_shape[:2])
+    return (*(layer_sizes(size, specs)[-1] for size in obs_shape[:2]), channels[-1])
+
+
+def _padding(obs_shape: Sequence[int]) -> list[int]:
+    """How many pixels of 0 images get at the bottom and at the right (see `layer_sizes`)."""
+    specs = image_layers(*obs_shape[:2])
+    return [layer_sizes(size, specs)[0] - size for size in obs_shape[:2]]
 
 
 class Encoder(nnx.Module):
@@ -321,7 +356,7 @@ class Encoder(nnx.Module):
         sizes = (obs_shape[-1], *channels)
         pairs = list(itertools.pairwise(sizes))
         if self.is_image:
-            specs = IMAGE_ENCODERS[obs_shape[0]]
+            specs, self.padding = image_layers(*obs_shape[:2]), tuple(_padding(obs_shape))
             layers = [Conv(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)]
         else:
             layers = [Linear({"x": inputs}, outputs, rngs=rngs) for inputs, outputs in pairs]
@@ -331,6 +366,8 @@ class Encoder(nnx.Module):
     def __call__(self, obs: Array) -> Array:
         """Encodes obs [..., H, W, C] or [..., D] as phi_o [..., F]."""
         x = obs
+        if self.is_image and any(self.padding):
+            x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 3), *((0, missing) for missing in self.padding), (0, 0)])
         for layer, activation in zip(self.layers, self.activations, strict=True):
             x = activation(layer(x) if self.is_image else layer(x=x))
         return x.reshape(*obs.shape[: -3 if self.is_image else -1], -1)
@@ -339,57 +376,110 @@ class Encoder(nnx.Module):
 class ImageDecoder(Layer):
     """Three transposed convolutions mirroring the encoder; BN? and ReLU between them, nothing after the last.
 
-    The logits it returns stay in the block order of the last layer: nobody but a viewer needs the pixels in order.
+    Bernoulli logits stay in the block order of the last layer: nobody but a viewer needs the pixels in order. A
+    diagonal normal has two output channels for each of the image's, its mean and, through a softplus, its variance.
     """
 
-    def __init__(self, obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        obs_shape: Sequence[int],
+        channels: Sequence[int],
+        batch_norm: bool,
+        likelihood: str = "bernoulli",
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.input_shape = encoded_shape(obs_shape, channels)
-        specs = IMAGE_ENCODERS[obs_shape[0]][::-1]
-        sizes = (*channels[::-1], obs_shape[-1])
+        self.obs_shape, self.padding, self.likelihood = tuple(obs_shape), tuple(_padding(obs_shape)), likelihood
+        specs = image_layers(*obs_shape[:2])[::-1]
+        sizes = (*channels[::-1], obs_shape[-1] * (2 if likelihood == "normal" else 1))
         pairs = itertools.pairwise(sizes)
         self.layers = nnx.List([ConvTranspose(*pair, spec, rngs=rngs) for pair, spec in zip(pairs, specs, strict=True)])
         self.activations = nnx.List([Activation(size, batch_norm) for size in sizes[1:-1]])
 
-    def __call__(self, features: Array) -> Array:
-        """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on."""
+    def __call__(self, features: Array) -> Array | tuple[Array, Array]:
+        """Decodes features [N, F] into logits [N, h, w, s*s*C], in block order and with the border still on.
+
+        If normal, into (mean, variance), each [N, H*W*C].
+        """
         x = self.layers[0].blocks(features.reshape(-1, *self.input_shape))
         for i, activation in enumerate(self.activations):
             x = activation(self.layers[i].unblock(x))
             x = self.layers[i + 1].blocks(x)
-        return notes.note(x, self.named("logits"))
+        x = notes.note(x, self.named("logits"))
+        if self.likelihood != "normal":
+            return x
+        mean, var = (part.reshape(x.shape[0], -1) for part in jnp.split(self.to_images(x), 2, axis=-1))
+        return mean, jax.nn.softplus(var) + VARIANCE_FLOOR
 
     def to_blocks(self, images: Array) -> tuple[Array, Array | None]:
         """Puts images [N, H, W, C] in the order of the logits; the second value masks the border (None without one)."""
         spec = self.layers[-1].spec
         p = spec.padding
-        if not p:
+        if not p and not any(self.padding):
             return space_to_depth(images, spec.stride), None
-        pad = ((0, 0), (p, p), (p, p), (0, 0))
+        pad = ((0, 0), *((p, p + missing) for missing in self.padding), (0, 0))
         mask = jnp.pad(jnp.ones_like(images[:1]), pad)
         return space_to_depth(jnp.pad(images, pad), spec.stride), space_to_depth(mask, spec.stride)
 
     def to_images(self, logits: Array) -> Array:
         """Puts logits [N, h, w, s*s*C] back in pixel order: [N, H, W, C]."""
-        return self.layers[-1].unblock(logits)
+        height, width, _ = self.obs_shape
+        return self.layers[-1].unblock(logits)[:, :height, :width]
 
 
-class VectorDecoder(nnx.Module):
-    """One linear layer with BN? and ReLU, then a diagonal normal's mean and variance."""
+class VectorDecoder(Layer):
+    """One linear layer with BN? and ReLU, then a diagonal normal's mean and variance, or logits.
 
-    def __init__(self, obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+    To Bernoulli logits, which `to_blocks` and `to_images` are for, a vector [D] is an image of one pixel, [1, 1, D].
+    """
+
+    def __init__(
+        self,
+        obs_shape: Sequence[int],
+        channels: Sequence[int],
+        batch_norm: bool,
+        likelihood: str = "normal",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.likelihood = likelihood
         self.hidden = Linear({"x": channels[-1]}, channels[0], rngs=rngs)
         self.activation = Activation(channels[0], batch_norm)
-        self.head = Normal(channels[0], obs_shape[0], rngs=rngs)
+        if likelihood == "normal":
+            self.head = Normal(channels[0], obs_shape[0], rngs=rngs)
+        else:
+            self.head = Linear({"x": channels[0]}, obs_shape[0], rngs=rngs)
 
-    def __call__(self, features: Array) -> tuple[Array, Array]:
-        """Decodes features [N, F] into (mean, variance), each [N, D]."""
-        return self.head(self.activation(self.hidden(x=features)))
+    def __call__(self, features: Array) -> Array | tuple[Array, Array]:
+        """Decodes features [N, F] into (mean, variance), each [N, D], or logits, [N, D] or (Bernoulli) [N, 1, 1, D]."""
+        hidden = self.activation(self.hidden(x=features))
+        if self.likelihood == "normal":
+            return self.head(hidden)
+        logits = notes.note(self.head(x=hidden), self.named("logits"))
+        return logits[:, None, None] if self.likelihood == "bernoulli" else logits
+
+    def to_blocks(self, vectors: Array) -> tuple[Array, None]:
+        """Vectors [N, D] as images of one pixel, [N, 1, 1, D], without a border (see `ImageDecoder.to_blocks`)."""
+        return vectors[:, None, None], None
+
+    def to_images(self, logits: Array) -> Array:
+        """Takes Bernoulli logits [N, 1, 1, D] as vectors again: [N, D]."""
+        return logits[:, 0, 0]
 
 
-def make_decoder(obs_shape: Sequence[int], channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
-    """Returns the decoder for observations of this shape: `ImageDecoder` or `VectorDecoder`."""
-    kind = ImageDecoder if len(obs_shape) == 3 else VectorDecoder
-    return kind(obs_shape, channels, batch_norm, rngs=rngs)
+def make_decoder(observation, channels: Sequence[int], batch_norm: bool, *, rngs: nnx.Rngs):
+    """Returns the decoder for an `ObservationSpec`: `ImageDecoder` or `VectorDecoder`.
+
+    Raises:
+        ValueError: there is none for its `likelihood`.
+    """
+    kind, known = VectorDecoder, ("bernoulli", "normal", "categorical")
+    if observation.is_image:
+        kind, known = ImageDecoder, known[:2]
+    if observation.likelihood not in known:
+        raise ValueError(f"emission = {observation.likelihood!r}: must be one of {', '.join(known)} here")
+    return kind(observation.shape, channels, batch_norm, observation.likelihood, rngs=rngs)
 
 
 def count_parameters(params: nnx.State) -> int:

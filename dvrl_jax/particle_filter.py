@@ -164,6 +164,11 @@ def bernoulli_log_prob(x: Array, logits: Array, mask: Array | None = None) -> Ar
     return jnp.sum(per_pixel, axis=(-3, -2, -1))
 
 
+def categorical_log_prob(x: Array, logits: Array) -> Array:
+    """Log probability [...] of one-hot vectors x [..., D] under logits [..., D]; 0 for a blank one, all zeros."""
+    return jnp.sum(x * jax.nn.log_softmax(logits), axis=-1)
+
+
 def log_weight(prior_log_prob: Array, proposal_log_prob: Array, emission_log_prob: Array) -> Array:
     """Importance weight of a particle, log w = log p(z) + log p(o) - log q(z), each [B, K]."""
     return prior_log_prob - proposal_log_prob + emission_log_prob

@@ -115,7 +115,7 @@ def variance_numbers(agent: Agent, actor: Actor, key: Array) -> dict[str, Array]
     step = agent.advance(start.carry, inputs, start.trace)
     _, prior_var = agent.prior_of(step.h_prev, inputs)
     numbers = {"proposal of z, deviation": step.proposal_var, "prior of z, deviation": prior_var}
-    if not agent.observation.is_image:
+    if agent.observation.likelihood == "normal" and not agent.observation.is_image:
         numbers["emission, deviation"] = agent.emission_of(step.phi_z, step.h_prev, inputs)[1]
     return {name: jnp.median(jnp.sqrt(var)) for name, var in numbers.items()}
 

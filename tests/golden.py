@@ -24,7 +24,8 @@ class Recording(BatchedEnvironment):
     def __init__(self, obs, reward, done, action: ActionSpec):
         self.obs, self.reward, self.done = jnp.asarray(obs), jnp.asarray(reward), jnp.asarray(done)
         self.num_envs = self.obs.shape[1]
-        self.observation = ObservationSpec(self.obs.shape[2:], self.obs.dtype)
+        image = self.obs.ndim == 5  # Grey values in 0..1.
+        self.observation = ObservationSpec(self.obs.shape[2:], self.obs.dtype, "bernoulli" if image else None)
         self.action = action
 
     def reset(self, key):

@@ -174,7 +174,8 @@ def test_large_layers_of_pong_go_in_tiles_and_thin_ones_do_not():
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", tiles), ("gpu", None), ("tpu", None)])
 def test_tiles_are_for_cpus(platform, expected):
     with Choices.of(platform).in_use():
-        assert convolutions._tiles_for(jnp.zeros((2, 2, 128, 64)), 9) is expected
+        assert convolutions._tiles_for(jnp.zeros((2, 2, 128, 64)), 9, 9) is expected
+        assert convolutions._tiles_for(jnp.zeros((2, 2, 128, 64)), 9, 10) is None
 
 
 @pytest.mark.parametrize("layer", ["conv", "transposed"])

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import mountain_hike_dvrl, pong_dvrl
 from dvrl_jax import networks
+from dvrl_jax import particle_filter as pf
 from dvrl_jax.acting import make_agent
 from dvrl_jax.agents.base import bind
 from dvrl_jax.convolutions import ConvSpec
 from dvrl_jax.envs import ActionSpec, ObservationSpec
-from dvrl_jax.networks import IMAGE_ENCODERS
 from dvrl_jax.notes import recorded, replayed
 from tests.tiny import normals
 
@@ -25,14 +27,14 @@ def stand_in(obs_shape, dtype, discrete, size):
     return SimpleNamespace(observation=ObservationSpec(obs_shape, dtype), action=ActionSpec(discrete, size))
 
 
-@pytest.mark.parametrize("side", IMAGE_ENCODERS)
-def test_decoder_puts_logits_and_targets_in_the_same_order(side):
+@pytest.mark.parametrize("size", [(84, 84), (32, 32), (16, 16), (5, 7), (30, 41)])
+def test_decoder_puts_logits_and_targets_in_the_same_order(size):
     """Pixels that `to_blocks` does not mask out are the image's, each once, where `to_images` finds the logits."""
-    shape, channels = (side, side, 2), (3, 4, 5)
+    shape, channels = (*size, 2), (3, 4, 5)
     features = np.prod(networks.encoded_shape(shape, channels))
     make = lambda: networks.ImageDecoder(shape, channels, True, rngs=nnx.Rngs(0))
     decoder = nnx.eval_shape(make)
-    images = np.arange(1, 2 * side * side * 2 + 1, dtype=np.int32).reshape(2, *shape)
+    images = np.arange(1, 2 * np.prod(shape) + 1, dtype=np.int32).reshape(2, *shape)
     blocks, mask = jax.jit(decoder.to_blocks)(images)
     np.testing.assert_array_equal(jax.jit(decoder.to_images)(blocks), images)
     assert nnx.eval_shape(lambda: make()(jnp.zeros((2, features)))).shape == blocks.shape
@@ -47,6 +49,9 @@ def test_decoder_puts_logits_and_targets_in_the_same_order(side):
         ((84, 84, 1), (32, 64, 32), (7, 7, 32)),
         ((32, 32, 3), (32, 64, 16), (3, 3, 16)),
         ((16, 16, 1), (32, 64, 8), (1, 1, 8)),
+        ((10, 10, 4), (16, 32, 8), (5, 5, 8)),
+        ((30, 40, 3), (16, 32, 8), (3, 4, 8)),
+        ((128, 96, 3), (16, 32, 8), (13, 9, 8)),
         ((2,), (64, 48), (48,)),
     ],
 )
@@ -58,11 +63,83 @@ def test_encoded_shape(obs_shape, channels, expected):
 
 @pytest.mark.parametrize(
     "obs_shape, channels",
-    [((84, 80, 1), (1, 2, 3)), ((64, 64, 1), (1, 2, 3)), ((84, 84, 1), (1, 2)), ((2,), (1, 2, 3))],
+    [((84, 4, 1), (1, 2, 3)), ((8, 8), (1, 2, 3)), ((84, 84, 1), (1, 2)), ((2,), (1, 2, 3))],
 )
 def test_observations_without_a_network_are_refused(obs_shape, channels):
     with pytest.raises(ValueError):
         networks.encoded_shape(obs_shape, channels)
+
+
+SIDE = st.integers(5, 128)
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.tuples(SIDE, SIDE), colours=st.integers(1, 10), likelihood=st.sampled_from(["bernoulli", "normal"]))
+def test_images_of_any_size_are_encoded_whole_and_decoded_to_their_size(size, colours, likelihood):
+    """Every pixel reaches phi_o, nothing else does, and what is decoded has the image's size."""
+    spec, channels = ObservationSpec((*size, colours), jnp.float32, likelihood), (2, 3, 4)
+
+    def both(images):
+        phi_o = networks.Encoder(spec.shape, channels, False, rngs=nnx.Rngs(0))(images)
+        decoder = networks.make_decoder(spec, channels, False, rngs=nnx.Rngs(0))
+        decoded = decoder(phi_o)
+        if likelihood == "bernoulli":
+            assert decoder.to_blocks(images)[0].shape == decoded.shape
+            return phi_o, decoder.to_images(decoded)
+        return phi_o, *(part.reshape(images.shape) for part in decoded)
+
+    phi_o, *decoded = nnx.eval_shape(both, jnp.zeros((2, *spec.shape)))
+    assert phi_o.shape == (2, np.prod(networks.encoded_shape(spec.shape, channels)))
+    assert all(part.shape == (2, *spec.shape) for part in decoded)
+
+
+def test_no_size_is_padded_by_more_than_a_stride_of_all_layers():
+    for size in range(5, 129):
+        for other in (5, 16, 64, 128):
+            specs = networks.image_layers(size, other)
+            sizes = networks.layer_sizes(size, specs)
+            assert size <= sizes[0] < size + np.prod([spec.stride for spec in specs]) and sizes[-1] >= 1
+            assert [spec.input_size(n) for spec, n in zip(specs, sizes[1:], strict=True)] == sizes[:-1]
+
+
+def test_pixels_that_pad_an_image_count_nowhere():
+    """The log probability is that of the image's own pixels; each has a gradient, on the way in too."""
+    spec, channels = ObservationSpec((9, 6, 2), jnp.float32, "bernoulli"), (3, 4, 5)
+    encoder = networks.Encoder(spec.shape, channels, False, rngs=nnx.Rngs(0))
+    decoder = networks.make_decoder(spec, channels, False, rngs=nnx.Rngs(1))
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, *spec.shape)), jnp.float32)
+
+    @jax.jit
+    def both(images):
+        logits = decoder(encoder(images))
+        blocks, mask = decoder.to_blocks(images)
+        plain = decoder.to_images(logits)
+        expected = jnp.sum(images * plain - jax.nn.softplus(plain), axis=(1, 2, 3))
+        return pf.bernoulli_log_prob(blocks, logits, mask), expected, jax.grad(lambda x: encoder(x).sum())(images)
+
+    actual, expected, gradient = both(images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert np.all(np.any(gradient != 0, axis=(0, 3)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "likelihood"),
+    [
+        (ObservationSpec((84, 84, 1), jnp.uint8), "bernoulli"),
+        (ObservationSpec((50,), bool), "bernoulli"),
+        (ObservationSpec((10, 10, 4), jnp.float32), "normal"),
+        (ObservationSpec((3,), jnp.int32), "normal"),
+        (ObservationSpec((3,), jnp.float32, "categorical"), "categorical"),
+    ],
+)
+def test_the_distribution_of_observations_follows_from_their_type(spec, likelihood):
+    assert spec.likelihood == likelihood
+
+
+def test_a_distribution_that_no_decoder_has_is_refused():
+    spec = ObservationSpec((8, 8, 1), jnp.float32, "categorical")
+    with pytest.raises(ValueError, match="emission = 'categorical': must be one of bernoulli, normal here"):
+        networks.make_decoder(spec, (1, 2, 3), False, rngs=nnx.Rngs(0))
 
 
 # --- Linear, GRU, batch norm -----------------------------------------------------------------------------------------

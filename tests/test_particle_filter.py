@@ -372,3 +372,9 @@ def test_weighted_mean_uses_each_environments_own_weights():
     np.testing.assert_allclose(pf.weighted_mean(values, log_weights), [[7.0, -3.0], [1.0, 2.0]], rtol=1e-6)
     scalars = pf.weighted_mean(values[..., 0], log_weights)
     np.testing.assert_allclose(scalars, [7.0, 1.0], rtol=1e-6)
+
+
+def test_categorical_log_prob_of_a_blank_is_0():
+    logits = np.log([[1.0, 2.0, 5.0]]).astype(np.float32) + 3
+    one_hot = np.array([[0, 0, 1], [1, 0, 0], [0, 0, 0]], np.float32)
+    np.testing.assert_allclose(pf.categorical_log_prob(one_hot, logits), [np.log(5 / 8), np.log(1 / 8), 0], atol=1e-6)

@@ -155,9 +155,25 @@ def test_frames_of_any_number_of_channels_and_any_actions_are_drawn():
     stack = lambda images: np.concatenate([images] * 3 + [images // 2], axis=-1)
     stacked = r._replace(view=stack(r.view), obs=stack(r.obs), predictions={}, action=np.full((4, 2), 0.25))
     frame = next(iter(painter.frames(stacked)))
-    np.testing.assert_array_equal(painter.panel(frame, 0), r.view[0, :, :, 0] // 2)
+    np.testing.assert_array_equal(painter.panel(frame, 0), r.view[0, :, :, 0])  # The first channel is red.
     batch = stack(r.obs)
-    assert painter.predictions(batch, np.ones(len(batch), bool), {0: batch}).shape[-1] == 1
+    assert painter.predictions(batch, np.ones(len(batch), bool), {0: batch}).shape[-1] == 3
+
+
+def test_each_channel_has_a_colour_of_its_own():
+    planes = np.eye(7, dtype=bool).reshape(7, 1, 1, 7) & np.ones((7, 5, 6, 1), bool)
+    row = pictures.FramePainter().predictions(planes, np.ones(7, bool), {0: planes.astype(np.float32)})
+    colours = row[2 :: 5 + 2, 3]  # Of one environment below the other, each in a frame of a pixel.
+    assert len(np.unique(colours, axis=0)) == 7 and np.all(colours.max(-1) == 255)
+    np.testing.assert_array_equal(row[:, :8], row[:, 8:])
+
+
+def test_a_wide_image_stays_wide():
+    r, painter = frames_recording(), pictures.FramePainter()
+    wide = r._replace(view=r.view[:, ::2], obs=r.obs[:, ::2], predictions={})
+    frame = next(iter(painter.frames(wide)))
+    np.testing.assert_array_equal(painter.panel(frame, 0)[:42], wide.view[0, :, :, 0])
+    assert np.all(painter.panel(frame, 0)[43:] == 255)
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_the_game(tmp_path, monkeypatch):

@@ -330,15 +330,19 @@ class Agent(nnx.Module, abc.ABC):
         """Makes the networks that foresee an observation, for agents that do: p(o), from inputs of these sizes."""
         self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
         self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
-        self.decoder = networks.make_decoder(self.observation.shape, config.channels, config.batch_norm, rngs=rngs)
+        self.decoder = networks.make_decoder(self.observation, config.channels, config.batch_norm, rngs=rngs)
 
     def decode(self, hidden: Array) -> Any:
         """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one."""
         return self.decoder(self.emission_activation(hidden).reshape(-1, self.encoded_size))
 
     def emission_mean(self, emission: Any) -> Array:
-        """Expected observation [R, ...] under the decoder's output of R rows: pixel probabilities, or means."""
-        return jax.nn.sigmoid(self.decoder.to_images(emission)) if self.observation.is_image else emission[0]
+        """Expected observation [R, ...] under the decoder's output of R rows: probabilities, or means."""
+        if self.observation.likelihood == "bernoulli":
+            return jax.nn.sigmoid(self.decoder.to_images(emission))
+        if self.observation.likelihood == "categorical":
+            return jax.nn.softmax(emission)
+        return emission[0].reshape(-1, *self.observation.shape)
 
     @classmethod
     def predicts(cls, config) -> bool:

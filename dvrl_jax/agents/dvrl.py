@@ -211,11 +211,14 @@ class DVRL(Agent):
     def emission_log_prob(self, obs: Array, emission: Any) -> Array:
         """log p(o) [B, K] of obs [B, ...] under the decoder's output."""
         target = self.as_float(obs)
-        if self.observation.is_image:
+        if self.observation.likelihood == "bernoulli":
             blocks, mask = self.decoder.to_blocks(target)
             return pf.bernoulli_log_prob(blocks[:, None], self.by_particle(emission), mask)
+        if self.observation.likelihood == "categorical":
+            return pf.categorical_log_prob(target[:, None], self.by_particle(emission))
         mean, var = emission
-        return pf.normal_log_prob(target[:, None], self.by_particle(mean), self.by_particle(var))
+        target = target.reshape(target.shape[0], 1, -1)
+        return pf.normal_log_prob(target, self.by_particle(mean), self.by_particle(var))
 
     def by_particle(self, x: Array) -> Array:
         """[B, K, ...] of [B*K, ...]."""

@@ -77,11 +77,16 @@ class RNN(Agent):
         return self.decode(hidden)
 
     def observation_loss(self, obs: Array, emission) -> Array:
-        """Loss [B] per environment, averaged over pixels or dimensions: BCE with logits, or squared error."""
+        """Loss [B] per environment: cross-entropy of a one-hot observation, or, averaged over pixels or dimensions, BCE
+        with logits (Bernoulli) or squared error (normal).
+        """
         target = self.as_float(obs)
-        if self.observation.is_image:
-            logits = self.decoder.to_images(emission)
-            return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, target), axis=(-3, -2, -1))
+        if self.observation.likelihood == "bernoulli":
+            losses = optax.sigmoid_binary_cross_entropy(self.decoder.to_images(emission), target)
+            return jnp.mean(losses, axis=tuple(range(1, losses.ndim)))
+        if self.observation.likelihood == "categorical":
+            return optax.softmax_cross_entropy(emission, target)
+        target = target.reshape(target.shape[0], -1)
         return jnp.mean(jnp.square(emission[0] - target), axis=-1)
 
     @classmethod

@@ -85,7 +85,7 @@ def _checkpoint() -> ConfigDict:
 def _add_env(c: ConfigDict) -> None:
     """Adds the group `env`: the task, and what of it is seen (docs/options.md has the wrappers' order)."""
     c.env = ConfigDict()
-    c.env.name = "MountainHike"  # "MountainHike" or an Atari game, such as "Pong".
+    c.env.name = "MountainHike"  # "MountainHike", "gymnax/<id>" or an Atari game, such as "Pong".
     c.env.reveal_state = False  # The state in place of the observation, if the environment can tell; a control.
     c.env.keep_components = ()  # Components of vector observations that are shown, by number; () shows all.
     c.env.obs_noise_std = 0.0  # Standard deviation of Gaussian noise on observations.
@@ -97,6 +97,7 @@ def _add_env(c: ConfigDict) -> None:
     c.env.frame_skip = 4  # Emulator frames per step (Atari).
     c.env.first_core = -1  # Emulator threads are tied to a core each, from this one on (Atari); -1 ties none.
     c.env.observation_std = 0.0  # Noise of a position reading in box units (Mountain Hike).
+    c.env.params = ConfigDict()  # Parameters of a Gymnax environment, such as params.memory_length.
 
 
 def task_and_agent(argument: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
+from dvrl_jax.envs.gymnax import Gymnax, is_gymnax
 from dvrl_jax.envs.mountain_hike import MountainHike
 from dvrl_jax.envs.wrappers import Flicker, check_batch, in_use, wrap, wrap_batch
 from dvrl_jax.errors import DiscoveryError, RunError
@@ -25,7 +26,11 @@ def named() -> dict[str, type[Environment] | type[BatchedEnvironment]]:
 
 
 def find(name: str) -> type[Environment] | type[BatchedEnvironment] | None:
-    """The class of environment that configurations call `name`: one of `named`, or an Atari game; None if neither."""
+    """The class of environment that configurations call `name`; None if it is not one of `named`, or an Atari game, or
+    "gymnax/" and then anything.
+    """
+    if is_gymnax(name):
+        return Gymnax
     return named().get(name) or (Atari if name in game_names() else None)
 
 
@@ -93,6 +98,7 @@ __all__ = [
     "EnvState",
     "Environment",
     "Flicker",
+    "Gymnax",
     "MountainHike",
     "ObservationSpec",
     "Step",
@@ -100,6 +106,7 @@ __all__ = [
     "check",
     "find",
     "in_use",
+    "is_gymnax",
     "make_env",
     "named",
     "observation_of",

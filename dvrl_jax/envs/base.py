@@ -6,19 +6,33 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
 
 class ObservationSpec(NamedTuple):
-    """Shape of one observation, (H, W, C) for images or (D,) for vectors, and its dtype (uint8 means 0..255)."""
+    """What one observation is like.
+
+    Attributes:
+        shape: (H, W, C) for images or (D,) for vectors. dtype: uint8 means 0..255.
+        emission: the distribution p(o) of agents that predict observations: "bernoulli" per component, for values in
+            0..1, "normal" with a learned variance per component, or "categorical", for one-hot vectors. None leaves it
+            to the dtype: Bernoulli for uint8 and bool, else normal.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
+    emission: str | None = None
 
     @property
     def is_image(self) -> bool:
         return len(self.shape) == 3
+
+    @property
+    def likelihood(self) -> str:
+        """Which distribution p(o) is: `emission`, or what follows from the dtype."""
+        return self.emission or ("bernoulli" if jnp.dtype(self.dtype).name in ("uint8", "bool") else "normal")
 
 
 class ActionSpec(NamedTuple):
@@ -65,6 +79,12 @@ class Task(abc.ABC):
     def check(cls, config) -> None:
         """Raises ConfigError if a field of a configuration is beyond what this environment allows."""
         del config
+
+    @classmethod
+    def settings_of(cls, name: str) -> Mapping[str, Any]:
+        """What may be set about the one that configurations call `name`, by dotted name; here, `settings`."""
+        del name
+        return cls.settings
 
     @classmethod
     def painter(cls) -> Any:

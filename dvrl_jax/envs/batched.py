@@ -186,7 +186,7 @@ def checked_reset(env: Environment, key: Array) -> tuple[Any, Array]:
     maker, made = f"{type(env).__name__}: reset", env.reset(key)
     if not isinstance(made, tuple) or len(made) != 2:
         raise RunError(f"{maker} returns {_sort(made)}, and must return (state, obs)")
-    _check_field(maker, "obs", made[1], *env.observation)
+    _check_field(maker, "obs", made[1], env.observation.shape, env.observation.dtype)
     return made
 
 
@@ -195,7 +195,7 @@ def checked_step(env: Environment, key: Array, state: Any, action: Array) -> Ste
     maker, step = f"{type(env).__name__}: step", env.step(key, state, action)
     if not isinstance(step, Step):
         raise RunError(f"{maker} returns {_sort(step)}, and must return a Step")
-    _check_field(maker, "obs", step.obs, *env.observation)
+    _check_field(maker, "obs", step.obs, env.observation.shape, env.observation.dtype)
     _check_field(maker, "reward", step.reward, (), jnp.float32)
     for field in ("terminated", "truncated"):
         _check_field(maker, field, getattr(step, field), (), bool)

@@ -85,7 +85,10 @@ class KeepComponents(Wrapper):
     """Of a vector observation [D], the components with the numbers `kept`, in that order."""
 
     def __init__(self, env: Environment, kept: tuple[int, ...]):
-        super().__init__(env, ObservationSpec((len(kept),), env.observation.dtype))
+        _, dtype, emission = env.observation
+        # A part of a one-hot vector is none.
+        emission = None if emission == "categorical" else emission
+        super().__init__(env, ObservationSpec((len(kept),), dtype, emission))
         self.kept = kept
         # A painter would look for components where they are no more.
         self.name, self.painter = f"{env.name or type(env).__name__} with env.keep_components", lambda: None
@@ -98,7 +101,7 @@ class GaussianNoise(Wrapper):
     """Adds independent normal noise of standard deviation `std` to every component of an observation."""
 
     def __init__(self, env: Environment, std: float):
-        super().__init__(env, env.observation)
+        super().__init__(env, env.observation._replace(emission="normal"))
         self.std = std
 
     def change(self, key: Array, state: Any, obs: Array) -> Array:
@@ -109,7 +112,7 @@ class NoiseComponents(Wrapper):
     """Appends `number` components to a vector observation that are normal noise of standard deviation `std` alone."""
 
     def __init__(self, env: Environment, number: int, std: float = 1.0):
-        (size,), dtype = env.observation
+        (size,), dtype, _ = env.observation
         super().__init__(env, ObservationSpec((size + number,), dtype))
         self.number, self.std = number, std
 
@@ -125,7 +128,7 @@ def wrap(env: Environment, config) -> Environment:
     Raises:
         ConfigError: a wrapper does not fit it.
     """
-    name, (shape, dtype) = env.name or type(env).__name__, env.observation
+    name, (shape, dtype, _) = env.name or type(env).__name__, env.observation
     if config.reveal_state:
         try:
             revealed = RevealState(env)

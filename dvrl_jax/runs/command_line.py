@@ -137,6 +137,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return FLAGS(argv)
     except Exception as error:
+        if isinstance(_original(error), ConfigError):
+            raise _original(error) from None
         for file, argument in _config_files(argv[1:]):
             if said := _mistake_in(file, argument, _original(error)):
                 raise ConfigError(said) from None
@@ -221,7 +223,9 @@ def _with_values(arguments: list[str]) -> list[str]:
             found.append(argument)
             continue
         no, field, equals, text = match.groups()
-        if all_known or field in known or any(name.startswith(f"{field}.") for name in known):
+        # Which parameters a Gymnax environment has, its name tells; they are checked with all other fields.
+        is_parameter = field.startswith("env.params.")
+        if (all_known and not is_parameter) or field in known or any(name.startswith(f"{field}.") for name in known):
             config_lib.check_fields([field], fields)
         default = known.get(field)
         if not equals and type(default) is bool:

@@ -79,12 +79,14 @@ def _settings(names: Iterable[Any] | None) -> Iterator[tuple[str, str, str, Any]
     """What environments and belief models of these names (None: all) can set: (name, group, setting, its default)."""
     from dvrl_jax import agents, envs
 
-    for group, kinds in (("env", envs.named()), ("model", agents.named())):
-        for name, kind in kinds.items():
-            if names is None or name in names:
-                yield from ((name, group, setting, value) for setting, value in kind.settings.items())
-                losses = kind.losses.items() if group == "model" else ()
-                yield from ((name, "loss", f"{loss}_coef", float(value)) for loss, value in losses)
+    tasks = envs.named() | {name: envs.find(name) for name in names or () if envs.is_gymnax(name)}
+    for name, kind in tasks.items():
+        if names is None or name in names:
+            yield from ((name, "env", setting, value) for setting, value in kind.settings_of(name).items())
+    for name, kind in agents.named().items():
+        if names is None or name in names:
+            yield from ((name, "model", setting, value) for setting, value in kind.settings.items())
+            yield from ((name, "loss", f"{loss}_coef", float(value)) for loss, value in kind.losses.items())
 
 
 def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
@@ -94,8 +96,8 @@ def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
     """
     config = default_config()
     for _, group, setting, value in _settings(names):
-        if setting not in config[group]:
-            config[group][setting] = value
+        if f"{group}.{setting}" not in flatten(config):
+            config.update_from_flattened_dict({f"{group}.{setting}": value})
     return config
 
 
@@ -248,11 +250,12 @@ def from_fields(fields: Mapping[str, Any]) -> ConfigDict:
     Raises:
         ConfigError: a field is unknown, or its value impossible or of another type than the default.
     """
-    config, defaults = merge(fields), default_config()
+    config, defaults = merge(fields), flatten(default_config())
     for name, group, setting, value in _settings([config.env.name, config.algorithm]):
-        if defaults[group].get(setting, value) != value:
+        field = f"{group}.{setting}"
+        if defaults.get(field, value) != value:
             raise ConfigError(
-                f"{group}.{setting}: is {_short(defaults[group][setting])} by default, but {_short(value)} in the "
+                f"{field}: is {_short(defaults[field])} by default, but {_short(value)} in the "
                 f"settings of {name}, which must call it something else"
             )
     return finalise(config)
@@ -376,7 +379,7 @@ def _check_kinds(c: ConfigDict) -> None:
     agents.named()[c.algorithm].check(c)
     kind, own = envs.find(c.env.name), sorted(envs.named())
     close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
-    require("env.name", kind is not None, f"{', '.join(own)} or an Atari game that EnvPool has{close}")
+    require("env.name", kind is not None, f"{', '.join(own)}, gymnax/<id> or an Atari game that EnvPool has{close}")
     kind.check(c)
     try:
         shape = envs.observation_of(c.env).shape
@@ -406,7 +409,7 @@ def as_stored(config: ConfigDict) -> dict[str, Any]:
 
 def describe(config: ConfigDict, whole: bool = True) -> str:
     """The configuration, a field a line; a star marks what differs from the defaults. If not `whole`, only that."""
-    fields, defaults = flatten(config), flatten(with_settings())
+    fields, defaults = flatten(config), flatten(with_settings()) | flatten(with_settings([config.env.name]))
     if not whole:
         fields = {field: value for field, value in fields.items() if defaults.get(field) != value}
     width = max(map(len, fields), default=0)

@@ -271,7 +271,7 @@ def program_of(fields: Mapping[str, Any]) -> str:
     from dvrl_jax import envs
 
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not k.startswith(SAME_PROGRAM)}
-    if kept["env.name"] not in envs.named():
+    if kept["env.name"] not in envs.named() and not envs.is_gymnax(kept["env.name"]):
         kept["env.name"] = "Atari"
     return json.dumps(kept, sort_keys=True)
 

@@ -1,5 +1,6 @@
 """Image observations as a picture: game, observation, reconstruction, predictions, and the numbers of the belief."""
 
+import colorsys
 import functools
 from collections.abc import Iterator
 
@@ -70,7 +71,8 @@ class FramePainter:
             draw.text((x, y), label, INK, _font(14))
             shown = _visible(image)
             pixels = Image.fromarray(np.repeat(shown, 3 // shown.shape[-1], axis=-1))
-            canvas.paste(pixels.resize((self.side, self.side), Image.Resampling.NEAREST), (x, y + self.caption))
+            size = [round(self.side * length / max(pixels.size)) for length in pixels.size]
+            canvas.paste(pixels.resize(size, Image.Resampling.NEAREST), (x, y + self.caption))
             edge = ORANGE if column == 1 and not recording.observed[t] else FAINT
             draw.rectangle((x - 1, y + self.caption - 1, x + self.side, y + self.caption + self.side), outline=edge)
         self._numbers(draw, recording, t, width)
@@ -106,8 +108,15 @@ class FramePainter:
 
 
 def _visible(images: np.ndarray) -> np.ndarray:
-    """Images [..., c] as uint8 with 1 or 3 channels; of any other number, such as stacked frames, the last one."""
-    return to_uint8(images if images.shape[-1] in (1, 3) else images[..., -1:])
+    """Images [..., c] as uint8 with 1 or 3 channels; of any other number, each has a colour, the brightest on top."""
+    images, channels = to_uint8(images), images.shape[-1]
+    if channels in (1, 3):
+        return images
+    shown = np.zeros((*images.shape[:-1], 3), np.uint8)
+    for channel in range(channels):
+        colour = np.asarray(colorsys.hsv_to_rgb(channel / channels, 0.8, 1.0))
+        shown = np.maximum(shown, np.round(images[..., channel, None] * colour).astype(np.uint8))
+    return shown
 
 
 def _bars(draw, left: int, width: int, top: int, bottom: int, values: np.ndarray, colours) -> None:
