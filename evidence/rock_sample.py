@@ -113,8 +113,10 @@ class Result(NamedTuple):
     standard_error: tuple[float, float, float]
 
 
-def evaluate(name: str, env: task.RockSample, vectors: Array, gamma: float, episodes: int, seed: int, sees=False):
-    """The `Result` of a policy over at least `episodes` whole episodes."""
+def evaluate(
+    name: str, env: task.RockSample, vectors: Array, gamma: float, episodes: int, seed: int, sees: bool = False
+) -> Result:
+    """What a policy (see `play`) reaches over at least `episodes` whole episodes."""
     results, batch = [], min(episodes, BATCH)
     for number in range(-(-episodes // batch)):
         key = jax.random.fold_in(jax.random.PRNGKey(seed + 1), number)
