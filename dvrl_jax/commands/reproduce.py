@@ -110,7 +110,9 @@ def show(chosen: list[Experiment], root: Path) -> None:
 
 
 def run_all(chosen: list[Experiment], root: Path) -> list[str]:
-    """Trains everything that is not done. Returns what failed.
+    """Trains everything that is not done, an experiment's seeds in one program. Returns what failed.
+
+    Where some of the seeds have begun by themselves, each one goes on by itself.
 
     Raises:
         SystemExit: a run was stopped by a signal; the same command goes on from there.
@@ -118,16 +120,20 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
     """
     failed = []
     for experiment in chosen:
+        steps, todo = steps_of(experiment), []
         for seed in range(SEEDS.value):
             path = experiments.workdir(root, experiment, seed)
             experiments.check_run(path, experiment)
-            if experiments.is_done(path, steps_of(experiment)):
+            if experiments.is_done(path, steps):
                 print(f"{path}: done already", flush=True)
-                continue
+            else:
+                todo.append((path, [f"--config.seed={seed}"]))
+        if experiments.in_one_program(root, experiment, SEEDS.value) and todo:
+            todo = [(root / experiment.name, ["--config.seed=0", f"--config.num_seeds={SEEDS.value}"])]
+        for path, settings in todo:
             print(f"{path}: training", flush=True)
-            settings = [f"--config.seed={seed}", f"--config.total_env_steps={steps_of(experiment)}"]
-            code = train([*experiment.arguments(), *settings, f"--workdir={path.resolve()}"])
-            if code:
+            settings = [*settings, f"--config.total_env_steps={steps}", f"--workdir={path.resolve()}"]
+            if code := train([*experiment.arguments(), *settings]):
                 leave_if_stopped(code, path)
                 print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
                 failed.append(str(path))

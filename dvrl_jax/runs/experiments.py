@@ -158,6 +158,14 @@ def workdirs(root: Path, experiment: Experiment) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("seed")))
 
 
+def in_one_program(root: Path, experiment: Experiment, num_seeds: int) -> bool:
+    """Whether an experiment's seeds are trained in one program: so they began, or none of several has begun."""
+    fields = run_directory.read_config(root / experiment.name)
+    if fields is not None:
+        return fields.get("num_seeds") == num_seeds
+    return num_seeds > 1 and not any(workdir(root, experiment, seed).exists() for seed in range(num_seeds))
+
+
 def last_line(path: Path) -> dict[str, Any] | None:
     """The newest line of a run's metrics; None if there is none."""
     lines = run_directory.read_metrics(path) if run_directory.has_metrics(path) else []
