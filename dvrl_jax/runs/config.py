@@ -94,10 +94,11 @@ def with_settings(names: Iterable[Any] | None = None) -> ConfigDict:
 
     A belief model can set a coefficient, `loss.<name>_coef`, for each of its losses.
     """
-    config = default_config()
+    config, fields = default_config(), {}
     for _, group, setting, value in _settings(names):
-        if f"{group}.{setting}" not in flatten(config):
-            config.update_from_flattened_dict({f"{group}.{setting}": value})
+        fields.setdefault(f"{group}.{setting}", value)
+    known = flatten(config)
+    config.update_from_flattened_dict({field: value for field, value in fields.items() if field not in known})
     return config
 
 
