@@ -75,9 +75,9 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
-    compilation.check_precision()
     folder, keep = run.path / "checkpoints", config.checkpoint.keep
     with _beginning(run) as beginning, contextlib.closing(checkpoints.Checkpoints(folder, keep)) as saver:
+        compilation.check_settings()
         saver.try_out()
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
         with waiting.waiting("making the environments and the weights"):
@@ -267,7 +267,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
         config = config_lib.from_fields(config_lib.flatten(config))
         if config.log.wandb:
             loggers.import_wandb()
-    elif workdir is None or not (workdir / "config.json").exists():
+    elif workdir is None or not run_directory.has_config(workdir):
         raise ConfigError("--config: is needed to start a new run")
     is_new = workdir is None
     run = run_directory.RunDirectory(run_directory.next_directory() if is_new else workdir, is_new)
