@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
-    folder, keep = run.path / "checkpoints", config.checkpoint.keep
-    with _beginning(run) as beginning, contextlib.closing(checkpoints.Checkpoints(folder, keep)) as saver:
-        compilation.check_settings()
-        saver.try_out()
+    with _beginning(run) as beginning, _open_checkpoints(run, config) as saver:
         seed = _seed_of_episodes(config.seed, saver.latest or 0)
         with waiting.waiting("making the environments and the weights"):
             env = envs.make_env(config.env, config.num_envs, seed)
@@ -119,6 +117,15 @@ def _beginning(run: run_directory.RunDirectory) -> contextlib.ExitStack:
     stack.push(discard)
     stack.enter_context(process.leaving(run.discard))
     return stack
+
+
+@contextlib.contextmanager
+def _open_checkpoints(run: run_directory.RunDirectory, config: ConfigDict) -> Iterator[checkpoints.Checkpoints]:
+    """The run's checkpoints, once it is known that JAX can train and that they can be written."""
+    compilation.check_settings()
+    with contextlib.closing(checkpoints.Checkpoints(run.path / "checkpoints", config.checkpoint.keep)) as saver:
+        saver.try_out()
+        yield saver
 
 
 def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable: bool, use_cache: bool):
