@@ -124,7 +124,7 @@ class Train:
     """Training of a configuration in an environment, to be called; `make_train` makes one."""
 
     def __init__(self, config: ConfigDict, env: BatchedEnvironment):
-        compilation.check_precision()
+        compilation.check_settings()
         self.config, self.env = config, env
         self._learner = make_learner(config, env)
         self._program = compilation.jit(self._learner.run, config)

@@ -129,3 +129,29 @@ def test_what_jax_lacks_is_one_sentence():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nAllocator dump")
     assert str(compilation.lack_of_memory(error)).startswith("Out of memory allocating 4 bytes; fewer environments")
     assert compilation.lack_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else")) is None
+
+
+def test_without_a_device_or_compilation_nothing_begins(monkeypatch):
+    def no_device():
+        raise RuntimeError("Unable to initialize backend")
+
+    with jax.disable_jit(), pytest.raises(RunError, match=r"^JAX_DISABLE_JIT: must be off \(0, or unset\), since"):
+        compilation.check_settings()
+    monkeypatch.setattr(jax, "devices", no_device)
+    with pytest.raises(RunError, match=r"^JAX_PLATFORMS=.*: JAX has no such device here; unset it, or set it to cpu"):
+        compilation.check_device()
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache").touch()
+    monkeypatch.setattr(compilation, "default_cache_directory", lambda: tmp_path / "cache" / "compiled")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        for _ in range(2):
+            with compilation.cached(True):
+                assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    said = capsys.readouterr().err
+    assert said.startswith("compiled programs are not kept: ") and said.count("\n") == 1

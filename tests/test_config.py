@@ -248,7 +248,11 @@ COMMANDS = [
     (["--config=mountain_hike_rnn", "--config.model.batch_norm=yes"], "batch_norm=yes: must be True or False"),
     (["--config=mountain_hike_rnn", "--config.model.channels=a"], "channels=a: must be a tuple, such as (64, 64)"),
     (["--config.num_envs=0", "--config=mountain_hike_rnn"], "num_envs = 0: must be at least 1"),
-    (["--config=mountain_hike_rnn", "--config.algorithm=drvl"], "algorithm = 'drvl': must be one of dpfrl, dvrl, lru, memoryless, rnn"),
+    (
+        ["--config=mountain_hike_rnn", "--config.algorithm=drvl"],
+        "algorithm = 'drvl': must be one of dpfrl, dvrl, lru, memoryless, rnn",
+    ),
+    (["--workdir=" + "x" * 300, "--config=mountain_hike_rnn"], "cannot be read (File name too long)"),
     (["--seed=3"], "--seed: there is no such flag; did you mean --config.seed?"),
     (["--config=configs/mountain_hike_rnn.py", "--config.model=3"], "model: is a group of fields"),
     (["--config=configs/mountain_hike_rnn.py", "seed=3"], "seed=3: unexpected argument; all are --name=value"),

@@ -144,7 +144,7 @@ def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
         settings = os.environ | {"PYTHONPATH": str(tmp_path)}
         result = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
         assert result.returncode == code, result.stderr
-        return result.stdout + result.stderr
+        return result.stderr if code else result.stdout + result.stderr
 
     config = "--config=configs/remember_the_light.py"
     said = run("train.py", config, "--config.env.steps=1", code=2)

@@ -92,6 +92,12 @@ def test_it_resumes_from_the_newest_update_that_all_seeds_have(three, tmp_path, 
     train(path, hike(seed=4, num_seeds=3))
     assert f"resuming from update {UPDATES - 2}" in capsys.readouterr().out
     assert {seed: metrics(path / f"seed{seed}") for seed in (4, 5, 6)} == before
+    for name in ("config.json", "metrics.jsonl"):
+        (path / name).unlink()
+    with pytest.raises(RunError, match=r"seed4: holds a run of its own"):
+        train(path, hike(seed=4, num_seeds=3))
+    assert {seed: metrics(path / f"seed{seed}") for seed in (4, 5, 6)} == before
+    shutil.copy(three / "config.json", path)
     with pytest.raises(ConfigError, match="num_seeds = 2: contradicts the run"):
         training.prepare(path, hike(seed=4, num_seeds=2), {"num_seeds": 2})
 

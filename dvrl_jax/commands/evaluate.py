@@ -23,8 +23,10 @@ def main() -> int:
     process.share_gpu()
 
     with waiting("loading Flax, Orbax and EnvPool"):
+        from dvrl_jax.runs import compilation
         from dvrl_jax.viewing import evaluation
 
+    compilation.check_device()
     path = Path(WORKDIR.value)
     if VIDEO.value:
         evaluation.check_video(path, Path(VIDEO.value))

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -81,7 +82,7 @@ def run(main: Callable[[], int]) -> None:
                     f"{rest[1]}: unexpected argument; all are --name=value, lists with commas (--name=a,b)"
                 )
             return rest
-        except (ConfigError, DiscoveryError) as error:
+        except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
 
     def guarded(argv: list[str]) -> int:
@@ -100,6 +101,8 @@ def run(main: Callable[[], int]) -> None:
                 raise
             _fail(lacking)
 
+    if sys.warnoptions:  # Of the user's, such as PYTHONWARNINGS=error: dependencies warn, and would fail.
+        warnings.simplefilter("default")
     _describe_by(sys.modules[main.__module__])
     process.outlive_readers()
     app.run(guarded, flags_parser=parse)

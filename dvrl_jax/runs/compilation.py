@@ -1,9 +1,11 @@
 """How programs are compiled: XLA's options, and JAX's persistent cache, from which they start at once the next time."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,10 +52,27 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
 
 
-def check_precision() -> None:
-    """Raises RunError where JAX is set to 64-bit numbers: weights and counters have 32 bits, and would be mixed."""
+def check_settings() -> None:
+    """Makes sure that JAX is set, as by environment variables, so that it can train; it initialises JAX's back end.
+
+    Raises:
+        RunError: numbers have 64 bits (weights and counters have 32, and would be mixed), nothing is compiled, or there
+            is no such device.
+    """
     if jax.config.jax_enable_x64:
         raise RunError("JAX_ENABLE_X64: must be off (0, or unset), since training uses 32-bit numbers")
+    if jax.config.jax_disable_jit:
+        raise RunError("JAX_DISABLE_JIT: must be off (0, or unset), since training is one compiled program")
+    check_device()
+
+
+def check_device() -> None:
+    """Raises RunError if JAX has no device of the kind that it is told to use; it initialises JAX's back end."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # The latter where JAX was installed without support of that device.
+        wanted = jax.config.jax_platforms
+        raise RunError(f"JAX_PLATFORMS={wanted}: JAX has no such device here; unset it, or set it to cpu") from None
 
 
 def check_memory(program: jax.stages.Compiled) -> None:
@@ -107,6 +126,22 @@ def tuning_directory() -> Path | None:
     return directory
 
 
+@functools.cache
+def _can_be_written(directory: str) -> bool:
+    """Whether programs can be kept there; if not, that is said once. JAX would warn at each program."""
+    if "://" in directory:
+        return True
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return True
+        reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    print(f"compiled programs are not kept: {directory} cannot be written ({reason})", file=sys.stderr, flush=True)
+    return False
+
+
 @contextlib.contextmanager
 def cached(enabled: bool) -> Iterator[None]:
     """Within it, programs are read from and written to the cache, or, if not `enabled`, neither.
@@ -118,9 +153,11 @@ def cached(enabled: bool) -> Iterator[None]:
     """
     before = {name: getattr(jax.config, name) for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")}
     compilation_cache.reset_cache()  # JAX decides once whether the cache is used, unless it is made to forget.
+    directory = str(before["jax_compilation_cache_dir"] or default_cache_directory())
+    enabled = enabled and _can_be_written(directory)
     jax.config.update("jax_enable_compilation_cache", enabled)
-    if enabled and not before["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(default_cache_directory()))
+    if enabled:
+        jax.config.update("jax_compilation_cache_dir", directory)
     try:
         yield
     finally:

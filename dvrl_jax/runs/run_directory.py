@@ -63,7 +63,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held until closed)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot write there ({error.strerror})") from None
+            raise RunError(f"{self.path}: cannot write there ({_reason(error)})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,8 +173,13 @@ class RunDirectory:
 
 
 def has_config(path: Path) -> bool:
-    """Whether a directory holds a run's configuration, so that training can resume there without another."""
-    return (Path(path) / "config.json").exists()
+    """Whether a directory holds a run's configuration, so that training can resume there without another.
+
+    Raises:
+        RunError: it cannot be told.
+    """
+    with reading(path):
+        return (Path(path) / "config.json").exists()
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -265,7 +270,13 @@ def _named(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be {what} ({error.strerror})") from None
+        raise RunError(f"{path}: cannot be {what} ({_reason(error)})") from None
+
+
+def _reason(error: OSError) -> str:
+    """What a system's error says, for messages."""
+    is_taken = isinstance(error, FileExistsError)  # By something that is no directory.
+    return "it is a file, or a link that leads nowhere" if is_taken else error.strerror
 
 
 def _has_content(path: Path) -> bool:

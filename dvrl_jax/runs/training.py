@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 from dvrl_jax import envs, memory, networks, seeds, statistics
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
-from dvrl_jax.runs import checkpoints, compilation, loggers, loop, process, reporting, run_directory, waiting
+from dvrl_jax.runs import compilation, loggers, loop, members, process, reporting, run_directory, waiting
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.train_state import TrainState
 from dvrl_jax.viewing import reconstructions
 
-STOPPED = "stopped.txt"  # In the directory of a seed that has stopped while others went on: why.
 # After so many updates in a row without a single step that counts, something is wrong with the environment.
 MAX_UPDATES_WITHOUT_STEPS = 100
 
@@ -31,38 +30,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-
-def resolve_config(run: run_directory.RunDirectory, given: ConfigDict | None, overrides: dict[str, Any]):
-    """The configuration to train with in this directory; `given`, if there is one, is finalised.
-
-    A directory that holds a run decides itself, except for what `overrides` (explicit, by dotted name) may change.
-    Prints in which other fields `given` differs; the run keeps its own.
-
-    Raises:
-        ConfigError: impossible values, or an override that contradicts the run.
-    """
-    config = config_lib.of_run(run.path)
-    if config is None:
-        return given
-    wanted = overrides
-    if given is not None:
-        settled = config_lib.flatten(given)  # What follows from other fields was settled in the stored one too.
-        # A configuration file for something else is a mistake, whatever else it sets. That comes first, since what else
-        # it sets need not exist in this run.
-        wanted = {field: settled[field] for field in ("algorithm", "env.name", *overrides) if field in settled}
-    fields = config_lib.flatten(config)
-    for field, value in wanted.items():
-        if fields.get(field) != value and not config_lib.is_changeable(field):
-            raise ConfigError(
-                f"{field} = {value!r}: contradicts the run in {run.path}, which was started with {fields.get(field)!r}"
-            )
-    in_file = config_lib.flatten(given) if given is not None else {}
-    differing = [field for field, value in in_file.items() if field not in wanted and fields.get(field) != value]
-    if differing:
-        said = ", ".join(f"{field} = {fields.get(field)!r} (in the file {in_file[field]!r})" for field in differing)
-        print(f"{run.path} resumes as it began, not as the configuration file says: {said}", flush=True)
-    return config_lib.from_fields(fields | {k: v for k, v in wanted.items() if k in fields})
 
 
 def train(
@@ -78,17 +45,14 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
         RunError: the directory's content does not fit, or too many updates in a row had to be skipped.
     """
-    compilation.check_precision()
     with contextlib.ExitStack() as opened:
-        members = _open_members(run, config, opened)
-        beginning = opened.enter_context(_beginning([*(member.directory for member in members), run]))
-        for member in members:
-            member.saver.try_out()
-        running = [place for place, member in enumerate(members) if not member.is_stopped]
-        if not running:
-            raise RunError(f"{run.path}: training of every seed has stopped; each one's {STOPPED} says why")
-        update = min(members[place].saver.latest or 0 for place in running)
-        episode_seeds = [_seed_of_episodes(member.config.seed, update) for member in members]
+        seeds_of_run = members.directories(run, config, opened)
+        beginning = opened.enter_context(_beginning([*(directory for directory, _ in seeds_of_run), run]))
+        compilation.check_settings()
+        parts = [opened.enter_context(members.opened(*each)) for each in seeds_of_run]
+        running = members.running(parts)
+        update = min(parts[place].saver.latest or 0 for place in running)
+        episode_seeds = [_seed_of_episodes(part.config.seed, update) for part in parts]
         with waiting.waiting("making the environments and the weights"):
             env = envs.make_env(config.env, config.num_envs, episode_seeds)
             learner = make_learner(config, env)
@@ -96,83 +60,22 @@ def train(
                 env.restorable or envs.find(config.env.name) is envs.Atari
             ):  # Others may act in a `reset` that is traced.
                 one = memory.size_of(jax.eval_shape(learner.init, jax.random.PRNGKey(0)))
-                memory.check_size(len(members) * one)
+                memory.check_size(len(parts) * one)
             with compilation.cached(use_cache):  # Making weights is a program of its own, without environments in it.
                 make = lambda place, seed: learner.init(jax.random.PRNGKey(seed), env.of_seed(place))
                 states = jax.block_until_ready([make(*each) for each in enumerate(episode_seeds)])
-        members[0].saver.check_space(states[0], env.restorable, len(members))
+        parts[0].saver.check_space(states[0], env.restorable, len(parts))
         _describe(run, config, states[0], print_config)
-        states = _restore(members, running, learner, states)
-        if min(int(state.env_steps) for state in states) >= config.total_env_steps:
-            done, wanted = f"{int(states[0].env_steps):,}", f"{config.total_env_steps:,}"
+        states = members.restore(parts, running, learner, states)
+        if all(int(states[place].env_steps) >= config.total_env_steps for place in running):
+            done, wanted = f"{int(states[running[0]].env_steps):,}", f"{config.total_env_steps:,}"
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
             return states[0]
         state = states[0] if len(states) == 1 else seeds.stack(states)
-        writer = _Writer(run, config, learner, members, env.restorable)
+        writer = _Writer(run, config, learner, parts, env.restorable)
         program = _compile(learner, config, state, env.restorable, use_cache)
         beginning.close()
         return writer.train(program, state, running)
-
-
-class _Member:
-    """One seed's part of a run: its directory, which is a run like any other, its configuration and checkpoints."""
-
-    def __init__(self, directory: run_directory.RunDirectory, config: ConfigDict):
-        self.directory, self.config, self.wall_time = directory, config, 0.0
-        self.saver = checkpoints.Checkpoints(directory.path / "checkpoints", config.checkpoint.keep)
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether training of this seed was stopped before, while others went on."""
-        return (self.directory.path / STOPPED).exists()
-
-
-def _open_members(run: run_directory.RunDirectory, config: ConfigDict, opened: contextlib.ExitStack) -> list[_Member]:
-    """The seeds of a run, by place. A single seed's directory is the run's.
-
-    Raises:
-        RunError: a directory cannot be used, or holds another run.
-    """
-    members = []
-    for place in range(config.num_seeds):
-        directory, own = run, config
-        if config.num_seeds > 1:
-            own = config_lib.from_fields(config_lib.flatten(config) | {"num_seeds": 1, "seed": config.seed + place})
-            directory = run_directory.RunDirectory(run.path / f"seed{own.seed}")
-            opened.enter_context(contextlib.closing(directory))
-            resolve_config(directory, own, config_lib.flatten(own))
-        members.append(_Member(directory, own))
-        opened.enter_context(contextlib.closing(members[-1].saver))
-    return members
-
-
-def _restore(
-    members: list[_Member], running: list[int], learner: Learner, states: list[TrainState]
-) -> list[TrainState]:
-    """The states from which training resumes: of the newest update of which all `running` seeds have a checkpoint.
-
-    Raises:
-        RunError: a seed has checkpoints, and none that is intact and fits.
-    """
-    newest = None
-    while True:
-        found = {place: members[place].saver.restore(states[place], newest) for place in running}
-        updates = {-1 if one is None else int(one.state.update) for one in found.values()}
-        if len(updates) <= 1:
-            break
-        newest = min(updates)
-    if updates == {-1}:
-        return states
-    for place, restored in found.items():
-        state, members[place].wall_time = restored.state, restored.extra["wall_time"]
-        if not restored.has_episodes:
-            state = learner.restart(state, states[place].actor.env)
-        states[place] = state
-    for place in set(range(len(members))) - set(running):  # It shares the count of updates with the others.
-        states[place] = states[place]._replace(update=states[running[0]].update)
-    state = states[running[0]]
-    print(f"resuming from update {int(state.update):,} ({int(state.env_steps):,} steps)", flush=True)
-    return states
 
 
 def _beginning(directories: list[run_directory.RunDirectory]) -> contextlib.ExitStack:
@@ -232,8 +135,8 @@ def _describe(run: run_directory.RunDirectory, config: ConfigDict, state: TrainS
 class _Writer:
     """Writes log lines, checkpoints and reconstructions of a run between the calls of the compiled program."""
 
-    def __init__(self, run, config, learner: Learner, members: list[_Member], with_episodes: bool):
-        self.run_directory, self.config, self.members, self.with_episodes = run, config, members, with_episodes
+    def __init__(self, run, config, learner: Learner, parts: list[members.Member], with_episodes: bool):
+        self.run_directory, self.config, self.members, self.with_episodes = run, config, parts, with_episodes
         self.reconstruct = reconstructions.make_reconstruct(learner.graphdef, config.log.predicted_times)
         self.start = time.monotonic()
         self.signum: int | None = None
@@ -266,7 +169,7 @@ class _Writer:
             self._wait()
             return state
 
-    def _open_log(self, member: _Member, opened: contextlib.ExitStack) -> loggers.Loggers:
+    def _open_log(self, member: members.Member, opened: contextlib.ExitStack) -> loggers.Loggers:
         return opened.enter_context(contextlib.closing(loggers.Loggers(member.directory, member.config)))
 
     def _begin_at(self, update: int, directory: run_directory.RunDirectory, config: ConfigDict) -> None:
@@ -340,7 +243,7 @@ class _Writer:
         """Seeds that stop here, while others go on: says so, also to whoever resumes."""
         for place, why in failures.items():
             member = self.members[place]
-            run_directory.replace(member.directory.path / STOPPED, f"{why}\n")
+            run_directory.replace(member.directory.path / members.STOPPED, f"{why}\n")
             self.progress.say(f"seed {member.config.seed}: {why}; the others go on")
         self.running = [place for place in self.running if place not in failures]
 
@@ -358,7 +261,7 @@ class _Writer:
             if picture is not None:
                 self.logs[place].image("reconstructions", picture, int(one.env_steps))
 
-    def _wall_time(self, member: _Member) -> float:
+    def _wall_time(self, member: members.Member) -> float:
         return member.wall_time + time.monotonic() - self.start
 
     def _save(self, state: TrainState) -> None:
@@ -382,8 +285,8 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
         config = config_lib.from_fields(config_lib.flatten(config))
         if config.log.wandb:
             loggers.import_wandb()
-    elif workdir is None or not (workdir / "config.json").exists():
+    elif workdir is None or not run_directory.has_config(workdir):
         raise ConfigError("--config: is needed to start a new run")
     is_new = workdir is None
     run = run_directory.RunDirectory(run_directory.next_directory() if is_new else workdir, is_new)
-    return run, resolve_config(run, config, overrides)
+    return run, members.resolve_config(run, config, overrides)

@@ -335,6 +335,17 @@ def test_a_checkpoint_larger_than_allowed_keeps_the_last_one(tmp_path):
     assert restored == "(100000,) 1"
 
 
+def test_what_is_no_directory_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    reason = "it is a file, or a link that leads nowhere"
+    for name in ("file", "link"):
+        with pytest.raises(RunError, match=rf"{name}: cannot write there \({reason}\)"):
+            run_directory.RunDirectory(tmp_path / name)
+        with pytest.raises(RunError, match=rf"{name}: cannot be written \({reason}\)"):
+            run_directory.next_directory(tmp_path / name)
+
+
 def test_what_would_fail_when_saving_fails_before_training(tmp_path, states, monkeypatch):
     with pytest.raises(RunError, match=r"cannot be written in this locale's encoding: set LC_ALL=C.UTF-8"):
         checkpoints.Checkpoints(tmp_path / "l\udcc3\udca4uft", keep=1)
