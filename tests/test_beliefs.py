@@ -59,12 +59,12 @@ def test_summaries_are_those_of_their_equations():
     weights = np.stack([softmax(LOG_WEIGHTS[0]), np.full(4, 0.25), np.full(4, 0.25)])
     order = np.arange(PARTICLES)
     layer, (h, phi_z), mgf = summary_of("mgf", LOG_WEIGHTS, order)
-    mean = np.einsum("bk,bkd->bd", weights, np.concatenate([h, phi_z], axis=-1))
+    mean = np.einsum("bk,bkd->bd", weights, np.concatenate([h, np.tanh(phi_z)], axis=-1))
     np.testing.assert_allclose(summary_of("mean", LOG_WEIGHTS, order)[-1], mean, rtol=1e-5, atol=1e-6)
     moments = np.einsum("bk,bkm->bm", weights, np.exp(h @ np.asarray(layer.directions[...])))
     np.testing.assert_allclose(mgf, np.concatenate([mean, moments], axis=-1), rtol=1e-5, atol=1e-6)
     layer, (h, phi_z), read = summary_of("attention", LOG_WEIGHTS, order)
-    every, queries = np.concatenate([h, phi_z], axis=-1), np.asarray(layer.queries[...])
+    every, queries = np.concatenate([h, np.tanh(phi_z)], axis=-1), np.asarray(layer.queries[...])
     heads, size = queries.shape
     assert heads == 2
     for b in range(ENVS):

@@ -37,7 +37,7 @@ class Belief(NamedTuple):
 class LRU(Agent):
     """x = lambda * x_prev + gamma * (B [phi_o, phi_a] + b), complex and diagonal.
 
-    Actor and critic see relu(C x + c).
+    Actor and critic see tanh(C x + c).
 
     lambda = exp(-exp(nu) + i exp(theta)), so |lambda| < 1; gamma = sqrt(1 - |lambda|^2) keeps the state's size.
     """
@@ -80,5 +80,5 @@ class LRU(Agent):
         return step, UpdateInfo(trace, {}, {})
 
     def summarise(self, belief: Belief) -> Array:
-        """relu(C x + c), [B, H]."""
-        return jax.nn.relu(notes.note(self.out(re=belief.carry.re, im=belief.carry.im), "out"))
+        """tanh(C x + c), [B, H]: bounded, since x is not, and the previous action is in x."""
+        return notes.note(self.out(re=belief.carry.re, im=belief.carry.im), "out", notes.TANH)

@@ -141,14 +141,22 @@ class GRUSummary(networks.GRUCell):
         return notes.scan("summary", read, state, jnp.moveaxis(gates, -2, 0))[0]
 
 
+def _bounded(particles: Mapping[str, Array]) -> Array:
+    """[h, tanh(phi_z)] of particles, [..., K, D].
+
+    A summary that grows with phi_z lets actions, which the belief reads, and the belief drive each other to infinity.
+    """
+    return jnp.concatenate([x if name == "h" else jnp.tanh(x) for name, x in particles.items()], axis=-1)
+
+
 class MeanSummary(networks.Layer):
-    """The weighted mean; nothing is learned."""
+    """The weighted mean of [h, tanh(phi_z)]; nothing is learned."""
 
     def __init__(self, sizes: Mapping[str, int], features: int, *, rngs: nnx.Rngs):
         del sizes, features, rngs
 
     def of(self, particles: Mapping[str, Array], log_weights: Array) -> Array:
-        every = jnp.concatenate(list(particles.values()), axis=-1)
+        every = _bounded(particles)
         return jnp.einsum("...k,...kd->...d", pf.normalised_weights(log_weights), every)
 
 
@@ -178,7 +186,7 @@ class AttentionSummary(networks.Layer):
         self.values = networks.Linear({"x": sum(sizes.values())}, features, gain=1.0, rngs=rngs)
 
     def of(self, particles: Mapping[str, Array], log_weights: Array) -> Array:
-        queries, every = self.queries[...], jnp.concatenate(list(particles.values()), axis=-1)
+        queries, every = self.queries[...], _bounded(particles)
         by_head = lambda x: x.reshape(*x.shape[:-1], *queries.shape)
         keys = by_head(notes.note(networks.matmul(every, self.keys[...]), self.named("keys")))
         values = by_head(notes.note(self.values(x=every), self.named("values")))
