@@ -63,6 +63,10 @@ class Choices:
         together = {"lineages": False, "distinct": False, "conditionals": False, "seeds_together": True}
         return dataclasses.replace(self, **together)
 
+    def for_devices(self) -> "Choices":
+        """The same for a program that XLA divides over devices: nothing gathers over the whole batch."""
+        return dataclasses.replace(self, lineages=False, distinct=False, tiles=False)
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it, these are the `current` choices."""

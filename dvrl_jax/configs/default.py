@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c.algorithm = "rnn"  # Belief model: "dvrl", "dpfrl" (particles), "rnn", "lru" (recurrent), "memoryless" (control).
     c.seed = 0  # Fixes all randomness: weights, environments, draws.
     c.num_seeds = 1  # Seeds trained in one program: `seed`, `seed` + 1, ...
+    c.num_devices = 1  # Devices that share the environments of a single seed; several seeds are shared among all.
     c.total_env_steps = 50_000_000  # Length of training in transitions, over all environments.
     c.num_envs = 16  # Environments stepped together.
     c.num_steps = 5  # Environment steps per update (one segment).

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
+
 from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari, game_names
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
+from dvrl_jax.envs.divided import Divided
 from dvrl_jax.envs.gymnax import Gymnax, is_gymnax
 from dvrl_jax.envs.mountain_hike import MountainHike
 from dvrl_jax.envs.wrappers import Flicker, check_batch, in_use, wrap, wrap_batch
@@ -63,11 +66,14 @@ def observation_of(config) -> ObservationSpec:
     return kind.observation_of(config)
 
 
-def make_env(config, num_envs: int, seed: int | Sequence[int], keep_view: bool = False) -> BatchedEnvironment:
+def make_env(
+    config, num_envs: int, seed: int | Sequence[int], keep_view: bool = False, mesh: Mesh | None = None
+) -> BatchedEnvironment:
     """Makes the environments that `config` (the `env` group of a configuration) describes.
 
     `seed` may be several, for as many seeds of one program (see `BatchedEnvironment.for_seeds`). With `keep_view`,
-    `BatchedEnvironment.view` shows the true state also where observations are blanked.
+    `BatchedEnvironment.view` shows the true state also where observations are blanked. With `mesh`, what is no function
+    of its state is divided over these devices (see `Divided`), with the same games.
 
     Raises:
         RunError: they cannot be made so, or lack an attribute of their interface.
@@ -80,8 +86,14 @@ def make_env(config, num_envs: int, seed: int | Sequence[int], keep_view: bool =
     if not one:
         check_batch(config)
     try:
+        is_divided = mesh is not None and not getattr(kind, "restorable", True)
+        parts = mesh.size if is_divided else 1
         seeds = [seed] if isinstance(seed, int) else seed
-        env = kind.from_config(config) if one else kind.for_seeds(config, num_envs, seeds)
+        env = kind.from_config(config) if one else kind.for_seeds(config, num_envs // parts, seeds)
+        if parts > 1:
+            size = num_envs // parts
+            rest = [kind.for_seeds(config, size, [seed + size * place for seed in seeds]) for place in range(1, parts)]
+            env = Divided([env, *rest], mesh)
     except ValueError as error:
         raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
     batch = as_batch(env, num_envs)

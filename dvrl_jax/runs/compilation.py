@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -26,9 +27,12 @@ GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 
 
-def jit(run: Callable, config, use_cache: bool = True) -> jax.stages.Wrapped:
-    """Training's program: `run`, a function of a state, which it donates, and a number, with the fastest options."""
-    return jax.jit(run, donate_argnums=0, compiler_options=options(config, use_cache))
+def jit(run: Callable, config, use_cache: bool = True, shardings: Any = None) -> jax.stages.Wrapped:
+    """Training's program: `run`, a function of a state, which it donates, and a number, with the fastest options.
+
+    `shardings` of the state that it returns; by default XLA's choice.
+    """
+    return jax.jit(run, donate_argnums=0, compiler_options=options(config, use_cache), out_shardings=shardings)
 
 
 def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:

@@ -22,7 +22,7 @@ from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import run_directory
 
 # Fields that may change when a run is resumed: they do not touch what is learned.
-CHANGEABLE = ("total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
+CHANGEABLE = ("num_devices", "total_env_steps", "max_skipped_updates", "env.first_core", "log.", "checkpoint.")
 
 LARGEST = 1_000_000  # No size is sensibly larger; far larger ones would overflow rather than run out of memory.
 
@@ -296,7 +296,7 @@ def finalise(config: ConfigDict) -> ConfigDict:
 
 # The least values of fields, and the largest of sizes and of what is counted in 32 bits.
 _AT_LEAST = {
-    1: "total_env_steps num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim "
+    1: "total_env_steps num_seeds num_devices num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim "
     "model.num_particles log.interval checkpoint.keep max_skipped_updates",
     0: "env.observation_std env.obs_noise_std env.noise_components env.noise_components_std env.obs_delay "
     "model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
@@ -336,6 +336,8 @@ def _check_values(c: ConfigDict) -> None:
         require(field, fields[field] < 2**31, "less than 2**31")
     require("seed", 0 <= c.seed < 2**31, "between 0 and 2147483647")
     require("num_seeds", c.seed + c.num_seeds <= 2**31, "so small that no seed is above 2147483647")
+    require("num_devices", c.num_devices == 1 or c.num_seeds == 1, "1 with several seeds, which all devices share")
+    require("num_devices", c.num_envs % c.num_devices == 0, f"a divisor of num_envs ({c.num_envs})")
     # Steps are counted in unsigned, updates in signed integers of 32 bits, and the last update may go too far.
     per_update = c.num_envs * c.num_steps
     largest = min(2**32 - per_update, (2**31 - 1) * per_update)

@@ -36,7 +36,9 @@ def prepare(config) -> None:
     """
     if not has_particles(config) and not sees_images(config) and not may_use_gpu():
         spare_threads()
-        divide_seeds(config.num_seeds)
+        divide_processor(min(config.num_seeds, len(os.sched_getaffinity(0))))
+    if config.num_devices > 1 and not may_use_gpu():
+        divide_processor(config.num_devices)
 
 
 def settle(config) -> None:
@@ -73,15 +75,15 @@ def spare_threads() -> None:
     os.environ.setdefault("NPROC", "1")
 
 
-def divide_seeds(num_seeds: int) -> None:
-    """Makes JAX see as many CPU devices as there are cores for the seeds, where each of them has one thread.
+def divide_processor(num_devices: int) -> None:
+    """Makes JAX see so many CPU devices: of the smallest models each one trains seeds of its own, with one thread.
 
     It works before JAX's first computation only, and a number that the user has set in XLA_FLAGS stays.
     """
-    if num_seeds > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if num_devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         import jax
 
-        jax.config.update("jax_num_cpu_devices", min(num_seeds, len(os.sched_getaffinity(0))))
+        jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def keep_one_heap() -> None:

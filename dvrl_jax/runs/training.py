@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import envs, memory, networks, seeds, statistics
+from dvrl_jax import choices, devices, envs, memory, networks, seeds, statistics
 from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.runs import compilation, loggers, loop, members, process, reporting, run_directory, waiting
@@ -54,8 +54,9 @@ def train(
         update = min(parts[place].saver.latest or 0 for place in running)
         episode_seeds = [_seed_of_episodes(part.config.seed, update) for part in parts]
         with waiting.waiting("making the environments and the weights"):
-            env = envs.make_env(config.env, config.num_envs, episode_seeds)
-            learner = make_learner(config, env)
+            mesh = devices.mesh(config.num_devices) if config.num_devices > 1 else None
+            env = envs.make_env(config.env, config.num_envs, episode_seeds, mesh=mesh)
+            learner = make_learner(config, env, choices.current().for_devices() if mesh else None)
             if (
                 env.restorable or envs.find(config.env.name) is envs.Atari
             ):  # Others may act in a `reset` that is traced.
@@ -72,6 +73,8 @@ def train(
             print(f"already finished: {done} steps done, {wanted} wanted", flush=True)
             return states[0]
         state = states[0] if len(states) == 1 else seeds.stack(states)
+        if mesh:
+            state = jax.device_put(state, devices.shardings(state, config.num_devices))
         writer = _Writer(run, config, learner, parts, env.restorable)
         program = _compile(learner, config, state, env.restorable, use_cache)
         beginning.close()
@@ -111,7 +114,8 @@ def _compile(learner: Learner, config: ConfigDict, state: TrainState, restorable
         run, count = learner.run, jnp.int32(1)
         if state.update.ndim:
             run, count = seeds.run(learner, config.num_seeds), state.update
-        program = compilation.jit(run, config, use_cache).lower(state, count).compile()
+        lies = devices.shardings(state, config.num_devices) if config.num_devices > 1 else None
+        program = compilation.jit(run, config, use_cache, lies).lower(state, count).compile()
     compilation.check_memory(program)
     process.settle(config)
     return program
