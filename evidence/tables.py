@@ -3,9 +3,11 @@
     python -m evidence.tables
     python -m evidence.tables --check
 
-A table stands between two comments, and is replaced by what the named files under docs/results say:
+A table stands between two comments, and is replaced by what the named files under docs/results say. Several folders are
+joined by commas; each may be a pattern, such as `mountain_hike_scale/rnn_*`:
 
     <!-- table: mountain_hike -->              returns and encoding losses of all runs below that folder
+    <!-- table: mountain_hike final -->        a row per setting: its mean return at the end
     <!-- table: pong course -->                how losses and returns of all runs below that folder went
     <!-- table: mountain_hike probes -->       their probe-<update>.json
     <!-- table: mountain_hike causes -->       their causes-<update>.json
@@ -33,7 +35,7 @@ from evidence import probe, references
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = (RESULTS / "README.md", ROOT / "docs" / "evidence.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 RETURNS_AT = (400_000, 1_200_000, 2_000_000)  # Environment steps.
 LAST = 500_000  # The end of a run is judged by its returns over so many steps.
@@ -56,15 +58,16 @@ Lines = list[dict[str, Any]]
 
 
 class Stored(NamedTuple):
-    """The runs below a folder.
+    """The runs below some folders.
 
     Attributes:
+        name: the folders, as a page names them.
         settings: runs by setting, which is said by what most of the others do not have; those of one setting differ in
         seed and length only.
         usual: what most settings have, "" if there is nothing.
     """
 
-    folder: Path
+    name: str
     settings: dict[str, list[plotting.Run]]
     usual: str
 
@@ -74,15 +77,20 @@ class Stored(NamedTuple):
         return f"agent ({self.usual})" if self.usual else "agent"
 
 
-def load(folder: Path) -> Stored:
-    """Reads the runs below a folder. Fields younger than a run have their default.
+def load(results: Path, name: str) -> Stored:
+    """Reads the runs below folders of `results`; `name` joins patterns of them by commas.
+
+    Fields younger than a run have their default.
 
     Raises:
-        RunError: there is none.
+        RunError: a pattern has none.
     """
-    paths = sorted(path.parent for path in folder.rglob("config.json"))
-    if not paths:
-        raise RunError(f"{folder}: holds no runs")
+    paths = []
+    for pattern in name.split(","):
+        found = sorted(path.parent for folder in results.glob(pattern) for path in folder.rglob("config.json"))
+        if not found:
+            raise RunError(f"{results / pattern}: holds no runs")
+        paths += found
     defaults = config_lib.flatten(config_lib.default_config())
     loaded = [plotting.load_run(path, defaults) for path in paths]
     loaded.sort(key=lambda run: (run.fields["algorithm"] == "dvrl", run.fields["seed"]))
@@ -98,7 +106,7 @@ def load(folder: Path) -> Stored:
         values = [say(field, fields[field]) for field in usual if fields[field] != usual[field]]
         settings[", ".join([fields["algorithm"].upper(), *values])] = group
     most = ", ".join(say(field, value) for field, value in usual.items() if value is not None)
-    return Stored(folder, settings, f"if not said, {most}" if most else "")
+    return Stored(name, settings, f"if not said, {most}" if most else "")
 
 
 def value_at(lines: Lines, metric: str, steps: int) -> float:
@@ -131,12 +139,11 @@ def numbers(run: plotting.Run, known: list[references.Reference]) -> list[float]
 DIGITS = (*(1 for _ in RETURNS_AT), 1, 1, 2, 2, 2, 2, 0)
 
 
-def returns_table(folder: Path, known: list[references.Reference]) -> str:
+def returns_table(stored: Stored, known: list[references.Reference]) -> str:
     """A row per run and, where there are several seeds, their mean and standard error."""
     at = [f"return at {steps / 1e6:.1f}M" for steps in RETURNS_AT]
     most = f"at most after {ENCODING_AFTER / 1e6:.2f}M"
     end = f"of the last {LAST / 1e6:.1f}M"
-    stored = load(folder)
     head = [
         stored.agent,
         "seed",
@@ -161,9 +168,9 @@ def returns_table(folder: Path, known: list[references.Reference]) -> str:
     return markdown.table(head, rows)
 
 
-def course_table(folder: Path) -> str:
+def course_table(stored: Stored) -> str:
     """Rows per run: its first line, and the last line within each of `STATIONS` equal parts of it."""
-    stored, rows = load(folder), []
+    rows = []
     for setting, group in stored.settings.items():
         for run in group:
             last = run.lines[-1]["env_steps"]
@@ -188,13 +195,12 @@ def measured(stored: Stored, kind: str) -> list[tuple[str, str, dict[str, Any]]]
             found += [(setting, str(run.fields["seed"]), json.loads(file.read_text())) for file in files]
     if not found:
         command = "evaluate.py" if kind == "evaluation" else f"-m evidence.{kind}"
-        raise RunError(f"{stored.folder}: none of its runs has a {kind}-<update>*.json (python {command})")
+        raise RunError(f"{stored.name}: none of its runs has a {kind}-<update>*.json (python {command})")
     return found
 
 
-def probes_table(folder: Path) -> str:
+def probes_table(stored: Stored) -> str:
     """A row per run and probed checkpoint: the error of each estimate."""
-    stored = load(folder)
     found = measured(stored, "probe")
     names = {one["name"]: None for *_, result in found for one in result["estimates"]}
     columns = [*(name for name in names if name != probe.EXACT), probe.EXACT]
@@ -206,9 +212,8 @@ def probes_table(folder: Path) -> str:
     return markdown.table([stored.agent, "seed", "steps", "return", *columns], rows)
 
 
-def causes_table(folder: Path) -> str:
+def causes_table(stored: Stored) -> str:
     """A column per run and examined checkpoint, a row per number."""
-    stored = load(folder)
     found = measured(stored, "causes")
     head = [f"{setting}, seed {seed}, {_millions(result['env_steps'])}" for setting, seed, result in found]
     names = sorted({name for *_, result in found for name in result["numbers"]})
@@ -217,7 +222,7 @@ def causes_table(folder: Path) -> str:
     return markdown.table([stored.usual, *head], rows)
 
 
-def evaluations_table(folder: Path) -> str:
+def evaluations_table(stored: Stored) -> str:
     """A row per run and way to act: its return by checkpoint, and their mean ± standard error over checkpoints.
 
     Of several evaluations of one checkpoint the longest counts. Where there are several seeds, their mean and standard
@@ -226,7 +231,6 @@ def evaluations_table(folder: Path) -> str:
     Raises:
         RunError: there is no evaluation.
     """
-    stored = load(folder)
     longest: dict[tuple[str, bool], dict[str, dict[int, dict[str, Any]]]] = {}
     for setting, seed, result in measured(stored, "evaluation"):
         of_run = longest.setdefault((setting, result["greedy"]), {}).setdefault(seed, {})
@@ -269,14 +273,33 @@ def _mean(values: tuple[float, ...], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
 
 
+def final_table(stored: Stored, known: list[references.Reference]) -> str:
+    """A row per setting: its seeds, and the mean ± standard error over them of the return at the end and its share.
+
+    Of a single seed there is no standard error. The standard error of two says little.
+    """
+    rows = []
+    for name, group in stored.settings.items():
+        ends = [numbers(run, known)[len(RETURNS_AT) + 1 :][:2] for run in group]
+        lengths = {_millions(run.lines[-1]["env_steps"]) for run in group}
+        columns = zip(zip(*ends, strict=True), (1, 2), strict=True)
+        cells = [_mean(column, digits) if len(group) > 1 else _number(column[0], digits) for column, digits in columns]
+        rows.append([name, str(len(group)), lengths.pop() if len(lengths) == 1 else "-", *cells])
+    head = [stored.agent, "seeds", "steps", f"mean return of the last {LAST / 1e6:.1f}M", "share"]
+    return markdown.table(head, rows)
+
+
 KINDS = {
     "course": course_table,
     "probes": probes_table,
     "causes": causes_table,
     "evaluations": evaluations_table,
 }
+OF_RETURNS = {None: returns_table, "final": final_table}  # Those that need the references.
 BEGIN = re.compile(r"^<!-- table: ", re.M)
-BLOCK = re.compile(rf"^(<!-- table: (\S+)(?: ({'|'.join(KINDS)}))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
+BLOCK = re.compile(
+    rf"^(<!-- table: (\S+)(?: ({'|'.join((*KINDS, 'final'))}))? -->\n)(.*?)^(<!-- end -->)$", re.M | re.S
+)
 
 
 def generate(text: str, results: Path = RESULTS) -> str:
@@ -287,8 +310,8 @@ def generate(text: str, results: Path = RESULTS) -> str:
     """
     if len(BEGIN.findall(text)) != len(BLOCK.findall(text)):
         raise RunError("a comment '<!-- table: NAME -->' is malformed, or has no '<!-- end -->'")
-    stored = results / "references.json"
-    known = references.load(stored) if stored.exists() else []
+    file = results / "references.json"
+    known = references.load(file) if file.exists() else []
 
     def table(match: re.Match) -> str:
         begin, name, kind, _, end = match.groups()
@@ -297,7 +320,8 @@ def generate(text: str, results: Path = RESULTS) -> str:
             references.load(path)
             made = references.table(json.loads(path.read_text()))
         else:
-            made = KINDS[kind](path) if kind else returns_table(path, known)
+            stored = load(results, name)
+            made = OF_RETURNS[kind](stored, known) if kind in OF_RETURNS else KINDS[kind](stored)
         return f"{begin}{made}{end}"
 
     return BLOCK.sub(table, text)

@@ -68,11 +68,13 @@ def script_flags(script: Path) -> set[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every `python script.py ...` and `python -m package.module ...` in the page's shell blocks, as words.
+    """Every `python script.py ...` and `python -m package.module ...` in the page's shell blocks and tables, as words.
 
     The second kind comes as `python package/module.py ...`.
     """
-    lines = "".join(blocks(page.read_text(), "bash")).replace("\\\n", " ").splitlines()
+    text = page.read_text()
+    lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^\| .*`(python [^`<]+\.py [^`<]+)` \|", text, re.M)
     found = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("python ")]
     return [[w[0], w[2].replace(".", "/") + ".py", *w[3:]] if w[1] == "-m" else w for w in found]
 
@@ -80,12 +82,13 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_commands_are_accepted(page):
     fields = config_lib.flatten(config_lib.default_config())
+    is_field = lambda name: name in fields or name.startswith("env.params.")  # Those are Gymnax's.
     for _, script, *arguments in commands(page):
         known = script_flags(ROOT / script)
         names = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("--")]
         for name in names:
             if name.startswith("config."):
-                assert script in ("train.py", "benchmarks/throughput.py") and name.removeprefix("config.") in fields, (
+                assert script in ("train.py", "benchmarks/throughput.py") and is_field(name.removeprefix("config.")), (
                     f"{script} --{name}"
                 )
             elif name != "config":
@@ -96,8 +99,19 @@ def test_commands_are_accepted(page):
                 assert name in config_lib.shipped() or (ROOT / name).is_file(), word
 
 
+def test_pages_are_as_short_as_agreed_and_on_the_site():
+    words = lambda pages: sum(len(page.read_text().split()) for page in pages)
+    readme, results = ROOT / "README.md", ROOT / "docs" / "results" / "README.md"
+    assert words([readme]) <= 700 and len(readme.read_text().splitlines()) <= 110
+    assert len(results.read_text().splitlines()) <= 150
+    pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")]
+    assert words(ROOT / "docs" / page for page in pages if page.parts[0] != "notebook") <= 15_000
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert [str(page) for page in pages if str(page) not in site] == []
+
+
 def test_the_plots_of_stored_runs_are_drawn(tmp_path):
-    found = [c for c in commands(ROOT / "docs" / "results" / "README.md") if c[1] == "plot.py"]
+    found = [c for c in commands(ROOT / "docs" / "notebook" / "results.md") if c[1] == "plot.py"]
     assert len(found) == 9
     for number, command in enumerate(found):
         out = tmp_path / str(number)

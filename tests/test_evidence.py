@@ -348,6 +348,22 @@ def test_tables_hold_what_the_files_say(tmp_path):
     assert tables.stale((tmp_path / "page.md",), tmp_path) == [tmp_path / "page.md"]
 
 
+def test_a_final_table_has_a_row_per_setting_of_several_folders(tmp_path):
+    write_run(tmp_path / "hike" / "rnn0", "rnn", 0, [-250.0, -240.0, -200.0])
+    write_run(tmp_path / "hike" / "rnn1", "rnn", 1, [-250.0, -230.0, -190.0])
+    write_run(tmp_path / "hike" / "dvrl0", "dvrl", 0, [-250.0], [5.0])
+    write_run(tmp_path / "more" / "dvrl", "dvrl", 0, [-250.0, -240.0, -180.0], [5.0] * 3)
+    made = tables.generate("<!-- table: hike/rnn*,more final -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
+    assert made == [
+        "| agent | seeds | steps | mean return of the last 0.5M | share |",
+        "| --- | --- | --- | --- | --- |",
+        "| RNN | 2 | 1.20M | -215.0 ± 5.0 | - |",
+        "| DVRL | 1 | 1.20M | -210.0 | - |",
+    ]
+    with pytest.raises(RunError, match="less: holds no runs"):
+        tables.generate("<!-- table: hike,less final -->\n<!-- end -->", tmp_path)
+
+
 def test_what_most_settings_have_is_said_once(tmp_path):
     for number, fields in enumerate(({}, {"num_particles": 1}, {"h_dim": 8})):
         write_run(
