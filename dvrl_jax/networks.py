@@ -206,10 +206,19 @@ class GRUCell(Layer):
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))      h' = (1 - z) * n + z * h
 
     The input is a set of named blocks (see `Linear`). Initialised orthogonally with gain 1 on the full matrices, or
-    with `uniform` from U(-1/sqrt(H), 1/sqrt(H)), biases included.
+    with `uniform` from U(-1/sqrt(H), 1/sqrt(H)), biases included. `update_bias` is b_iz at first: with log(T) a state
+    lasts for about T steps (Tallec and Ollivier, 2018), with 0 for two.
     """
 
-    def __init__(self, inputs: Mapping[str, int], features: int, *, uniform: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: Mapping[str, int],
+        features: int,
+        *,
+        uniform: bool = False,
+        update_bias: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         sizes = {"i": sum(inputs.values()), "h": features}
         if uniform:
             bound = 1.0 / math.sqrt(features)
@@ -221,7 +230,7 @@ class GRUCell(Layer):
             bias_i, bias_h = jnp.zeros(3 * features), jnp.zeros(3 * features)
         self.kernel_i = nnx.Dict(_row_blocks(kernel_i, inputs))
         self.kernel_h = nnx.Param(kernel_h)
-        self.bias_i = nnx.Param(bias_i)
+        self.bias_i = nnx.Param(bias_i.at[features : 2 * features].add(update_bias) if update_bias else bias_i)
         self.bias_h = nnx.Param(bias_h)
 
     def product(self, **inputs: Array) -> Array:

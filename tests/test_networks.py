@@ -1,5 +1,6 @@
 """Layers against NumPy transcriptions; initialisation; the number of parameters."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -340,6 +341,14 @@ def test_gru_is_orthogonal_with_gain_one_on_its_full_matrices():
     assert_orthogonal(cell.kernel_h[...], 1.0)
     np.testing.assert_array_equal(cell.bias_i[...], np.zeros(48))
     np.testing.assert_array_equal(cell.bias_h[...], np.zeros(48))
+
+
+def test_a_gru_with_a_bias_on_its_update_gate_remembers():
+    cell = networks.GRUCell({"x": 2}, 4, update_bias=math.log(30), rngs=nnx.Rngs(0))
+    cell.kernel_h[...] = jnp.zeros((4, 12))
+    h = jnp.full((1, 4), 0.5)
+    after = cell(h, jnp.zeros((1, 12)))  # z = 30/31, and the candidate is 0.
+    np.testing.assert_allclose(after, h * 30 / 31, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

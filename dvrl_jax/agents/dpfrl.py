@@ -77,7 +77,7 @@ class DPFRL(Agent):
         super().__init__(config, observation, action, summary_size=size, rngs=rngs)
         self.num_particles = config.num_particles
         self.resampling = Resampling.of(config)
-        self.gru = networks.GRUCell(self.input_sizes, h, rngs=rngs)
+        self.gru = networks.GRUCell(self.input_sizes, h, update_bias=config.update_gate_bias, rngs=rngs)
         self.deviation = networks.Linear(self.input_sizes | {"h": h}, h, gain=1.0, rngs=rngs)
         self.score_hidden = networks.Linear({"obs": self.encoded_size, "h": h}, h, rngs=rngs)
         self.score_out = networks.Linear({"x": h}, 1, gain=1.0, rngs=rngs)

@@ -112,7 +112,7 @@ class DVRL(Agent):
         self.proposal_activation = networks.Activation(h, norm)
         self.proposal = networks.Normal(h, z, rngs=rngs)
         self.phi_z = networks.Linear({"z": z}, h, rngs=rngs)
-        self.gru = networks.GRUCell(self.input_sizes | {"phi_z": h}, h, rngs=rngs)
+        self.gru = networks.GRUCell(self.input_sizes | {"phi_z": h}, h, update_bias=config.update_gate_bias, rngs=rngs)
         self.prior_hidden = networks.Linear({"h": h} | self.action_sizes, h, rngs=rngs)
         self.prior = networks.Normal(h, z, rngs=rngs)
         self.add_emission({"phi_z": h, "h": h} | self.action_sizes, config, rngs=rngs)

@@ -43,7 +43,7 @@ class RNN(Agent):
     def __init__(self, config, observation, action, *, rngs: nnx.Rngs):
         super().__init__(config, observation, action, rngs=rngs)
         self.obs_loss_coef = config.obs_loss_coef
-        self.gru = networks.GRUCell(self.input_sizes, config.h_dim, rngs=rngs)
+        self.gru = networks.GRUCell(self.input_sizes, config.h_dim, update_bias=config.update_gate_bias, rngs=rngs)
         if self.obs_loss_coef > 0:
             self.add_emission({"h": config.h_dim} | self.action_sizes, config, rngs=rngs)
 

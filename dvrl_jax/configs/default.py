@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.model.action_encoding = 128  # Size of the encoded previous action; 0 leaves it out.
     c.model.reward_input = False  # Whether the previous reward is encoded with the previous action.
     c.model.num_particles = 10  # Particles per environment (DVRL).
+    c.model.update_gate_bias = 0.0  # Of the recurrent GRU at first: with log(T) it remembers for about T steps.
     c.model.batch_norm = False  # Batch normalisation in encoder, proposal and decoder.
     c.model.policy_batch_norm = False  # Batch normalisation of what actor and critic see.
     c.model.detach_encoder = False  # Train the belief by the ELBO alone.

@@ -12,13 +12,14 @@ def get_config(argument: str = "MemoryChain-bsuite"):
     c = default.with_agent(default.get_config(), agent)
     c.env.name = f"gymnax/{task}"
     c.total_env_steps = 2_000_000
+    c.num_envs = 64
     c.num_steps = 16
     c.bptt_segments = 4  # A window of 64 steps.
     c.model.h_dim = 128
     c.model.z_dim = 64
     c.model.action_encoding = 32
+    c.model.update_gate_bias = 3.0  # Without it, memory of an episode's beginning is not learned.
     if envs.find(c.env.name).observation_of(c.env).is_image:
         c.model.channels = (16, 32, 32)
-    c.optimizer.learning_rate = 1e-3
     c.log.interval = 100
     return c
