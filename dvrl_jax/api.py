@@ -211,7 +211,10 @@ class _Held:
 
 
 def make_train(config: ConfigDict, env: Environment | BatchedEnvironment) -> Train:
-    """Training in an environment, or in `config.num_envs` copies of one: `state, metrics = train(seed=0)`."""
+    """Training in an environment, or in `config.num_envs` copies of one: `state, metrics = train(seed=0)`.
+
+    `num_seeds` and `num_devices` count for `train.py` alone; here `Train.pure` can be vmapped and sharded.
+    """
     return Train(config, envs.as_batch(env, config.num_envs))
 
 

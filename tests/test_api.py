@@ -22,6 +22,7 @@ def test_everything_that_is_offered_exists():
     for name in dvrl_jax.__all__:
         assert getattr(dvrl_jax, name).__doc__, name
         kinds = ("ActionSpec", "Agent", "Batched", "BatchedEnvironment", "Environment", "Games", "ObservationSpec")
+        kinds += ("Gymnax",)
         kinds += ("Recording", "Run", "Step", "Turn", "Watched")
         assert name in dvrl_jax.__doc__ or name in (*kinds, "make_agent", "play_games")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

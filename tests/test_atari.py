@@ -621,7 +621,7 @@ def test_games_run_with_the_originals_wrappers():
         "img_width": 84,
         "gray_scale": True,
     }
-    config = env._pool.config
+    config = env._pools[0].config
     assert {name: config[name] for name in settings} == settings
     assert config["repeat_action_probability"] == pytest.approx(0.25)
 

@@ -68,7 +68,7 @@ def test_parameters_are_fields_of_the_configuration(chain):
     assert last.terminated and not last.truncated and last.reward == 1
     with pytest.raises(ConfigError, match=r"env.params.length: there is no such field; did you mean .*memory_length"):
         dvrl_jax.make_config("gymnax", "MemoryChain-bsuite", env__params__length=3)
-    with pytest.raises(ConfigError, match=r"env.params.memory_length = 0.5: must be of type int"):
+    with pytest.raises(ConfigError, match=r"env.params.memory_length = 0.5: must be a whole number"):
         dvrl_jax.make_config("gymnax", "MemoryChain-bsuite", env__params__memory_length=0.5)
 
 

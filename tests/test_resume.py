@@ -95,7 +95,7 @@ def test_episodes_after_a_resume_are_others_than_at_the_start():
 def test_a_resumed_run_asks_for_other_episodes(tmp_path, monkeypatch):
     """Where the environment cannot be restored, as on Atari, and so everywhere; those under way are not counted on."""
     seeds, make_env = [], envs.make_env
-    monkeypatch.setattr(envs, "make_env", lambda config, n, seed: seeds.append(seed) or make_env(config, n, seed))
+    monkeypatch.setattr(envs, "make_env", lambda *given, **more: seeds.extend(given[2]) or make_env(*given, **more))
     for updates in (10, 20, 30):
         train(tmp_path, tiny_hike("rnn", seed=3), total_env_steps=updates * STEPS_PER_UPDATE)
     assert seeds[0] == 3 and len(set(seeds)) == 3

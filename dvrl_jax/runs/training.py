@@ -193,12 +193,12 @@ class _Writer:
         """Trains to the end, or until a signal came."""
         if self.signum is not None:
             return state
-        moved = None  # The latest update whose steps counted, and how many steps there were then.
+        begun = seeds.counters(state)[self.running[0]]
+        moved = (int(begun.update), int(begun.env_steps))  # The latest update whose steps counted, and those then.
         intervals = (self.config.log.save_reconstruction_interval, self.config.checkpoint.interval)
         for call in loop.train(program, state, self.config, self._remaining, intervals, self.running):
             state, line = call.state, call.lines[self.running[0]]
             update, steps = line["update"], line["env_steps"]
-            moved = moved or (update, steps)
             if steps > moved[1]:
                 moved = (update, steps)
             elif update - moved[0] >= MAX_UPDATES_WITHOUT_STEPS:

@@ -263,7 +263,7 @@ def test_training_goes_no_further_than_too_many_skipped_updates():
             for call in loop.train(case.run, state, case.learner.config, lambda state: UPDATES - int(state.update)):
                 state = call.state
         assert (int(state.update), int(state.skipped), int(state.skipped_in_row)) == (4, 3, 3)
-        assert call.is_failure and not call.is_end
+        assert call.failures and not call.is_end
 
 
 # --- Runs that diverge -----------------------------------------------------------------------------------------------
