@@ -163,15 +163,12 @@ def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
     config = "--config=configs/remember_the_light.py"
     said = run("train.py", config, "--config.env.steps=1", code=2)
     assert said == "error: env: 16 of RememberTheLight cannot be made (env.steps must be at least 2)\n"
-    said = run("train.py", config, "--config.model.first_rate=1", code=2)
-    assert said.startswith("error: model.first_rate: there is no such field")
     small = ["--config.total_env_steps=320", "--config.log.interval=2", "--config.model.h_dim=8"]
     changed = ["--config.env.steps=8", "--config.algorithm=averager", "--config.model.first_rate=1"]
     images = "--config.log.save_reconstruction_interval=2"
     said = run("train.py", config, *small, *changed, images, code=2)
     assert "log.save_reconstruction_interval = 2: must be 0 for averager, which predicts nothing" in said
     assert "320 steps (100.0%)" in run("train.py", config, *small, *changed)
-    assert "640 steps (100.0%)" in run("train.py", config, *changed, "--config.total_env_steps=640")
     fields = json.loads((tmp_path / "run" / "config.json").read_text())
     expected = {"env.name": "RememberTheLight", "env.steps": 8, "algorithm": "averager", "model.first_rate": 1.0}
     assert expected.items() <= fields.items()
@@ -179,13 +176,12 @@ def test_the_examples_of_extending_are_all_that_it_takes(tmp_path):
     said = run("evaluate.py", "--episodes=3", "--video=game.png", code=2)
     assert said == "error: there is no picture of RememberTheLight; its class needs a `painter` (docs/extending.md)\n"
     mountain = "--config=configs/mountain_hike_rnn.py"
-    assert "algorithm = 'rnn': contradicts the run in run" in run("train.py", mountain, code=2)
 
     test_bptt = tmp_path / "tests" / "test_bptt.py"
-    cases = "CASES = ["
+    cases = "SHORT_CASES = ["
     assert cases in test_bptt.read_text()
     test_bptt.write_text(test_bptt.read_text().replace(cases, cases + '"averager-categorical", '))
-    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "averager and unrolled and 2"]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "averager"]
     command = [sys.executable, "-m", "pytest", *options, "tests/test_bptt.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout

@@ -53,20 +53,14 @@ def operations(learner, state):
 
 
 @pytest.mark.parametrize("algorithm", ["dvrl", "rnn"])
-def test_what_is_learned_is_the_same(algorithm):
-    by_cpu, start = learner_and_state(tiny_hike(algorithm), Choices.of("cpu"))
-    by_cpu_end = jax.jit(by_cpu.run)(start, jnp.int32(UPDATES))
-    cpu_operations = operations(by_cpu, start)
-    by_gpu, start = learner_and_state(tiny_hike(algorithm), Choices.of("gpu"))
-    by_gpu_end = jax.jit(by_gpu.run)(start, jnp.int32(UPDATES))
-    gpu_operations = operations(by_gpu, start)
-    assert [" cond[" in each for each in (cpu_operations, gpu_operations)] == [True, False]
+def test_its_program_has_no_conditions_and_its_loop_over_particles_is_written_out(algorithm):
+    """That it learns the same is tested in test_choices.py."""
+    by_cpu, by_gpu = (
+        operations(*learner_and_state(tiny_hike(algorithm), Choices.of(platform))) for platform in ("cpu", "gpu")
+    )
+    assert [" cond[" in each for each in (by_cpu, by_gpu)] == [True, False]
     unrolled = "unroll=3"  # As many as there are particles.
-    assert [unrolled in each for each in (cpu_operations, gpu_operations)] == [False, algorithm == "dvrl"]
-    for ours, theirs in zip(*map(jax.tree.leaves, (by_gpu_end.params, by_cpu_end.params)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
-    for first, last in zip(*map(jax.tree.leaves, (start.params, by_gpu_end.params)), strict=True):
-        assert np.any(first != last)
+    assert [unrolled in each for each in (by_cpu, by_gpu)] == [False, algorithm == "dvrl"]
 
 
 def test_an_update_that_is_not_finite_is_skipped():

@@ -182,13 +182,6 @@ def test_the_older_form_is_stepped_and_each_done_terminates(wrap):
         assert np.all(state.done == (time % 3 == 0))
 
 
-def test_an_agent_learns_from_images_of_real_numbers():
-    env = Gymnax(Lights(), {"prize": 7})
-    config = small(env, "rnn", log__interval=2, model__obs_loss_coef=1.0, loss__encoding_coef=0.5)
-    _, history = dvrl_jax.make_train(config, env)(num_updates=2)
-    assert history[-1]["updates.skipped"] == 0 and np.isfinite(history[-1]["loss.encoding"])
-
-
 def test_an_agent_learns_from_discrete_observations():
     env = Gymnax(*gymnax.make("FrozenLake-misc"))
     config = small(env, "dvrl", log__interval=2)
