@@ -1,7 +1,7 @@
-"""Runs the paper's experiments: dvrl-reproduce [--list] [--only=hike,atari/Pong] [--seeds=5] [--steps=N]"""
+"""Runs the paper's experiments: dvrl-reproduce [--list] [--only=hike,atari/Pong] [--seeds=5] [--launcher=slurm]"""
 
+import functools
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs import command_line, experiments, run_directory
+from dvrl_jax.runs import command_line, experiments, launchers, run_directory
 from dvrl_jax.runs import process as process_lib
 from dvrl_jax.runs.experiments import Experiment
 
@@ -20,30 +20,18 @@ ONLY = flags.DEFINE_list("only", [], "Names or beginnings of names, such as hike
 SEEDS = flags.DEFINE_integer("seeds", 5, "Train with seeds 0 .. this - 1.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Environment steps per run, instead of the configuration's.", lower_bound=1)
 ROOT = flags.DEFINE_string("root", "saved_runs/reproduce", "Where the runs, the table and the figures go.")
+LAUNCHER = flags.DEFINE_enum("launcher", None, ["local", "slurm"], "Make each experiment a job, here or of a cluster.")
+SLURM = flags.DEFINE_list("slurm", [], f"Settings of SLURM as name=value: {', '.join(launchers.SETTINGS)}.")
+AT_ONCE = flags.DEFINE_integer("at_once", 1, "With --launcher=local: jobs at the same time.", lower_bound=1)
+REPORT = flags.DEFINE_boolean("report", True, "Write the table and the figures at the end.")
 
 FLAGS = flags.FLAGS
-HOME = Path(__file__).resolve().parents[2]  # What holds the package: `python -m` finds it there, installed or not.
 MEASURED_SECONDS = 2.0  # Less would tell more about single calls than about training.
 
 
-def train(arguments: list[str]) -> int:
-    """One run of dvrl-train in a process of its own, which is sent the signals that stop this one; its exit code."""
-    received: list[int] = []
-    process: subprocess.Popen | None = None
-
-    def hand_on(signum: int, frame) -> None:
-        del frame
-        received.append(signum)
-        if process is not None:
-            process.send_signal(signum)
-
-    with process_lib.answering(hand_on):
-        # In a session of its own: else a terminal's Ctrl-C would reach it twice.
-        command = [sys.executable, "-m", "dvrl_jax.commands.train", *arguments]
-        process = subprocess.Popen(command, cwd=HOME, start_new_session=True)
-        for signum in received:  # Came before there was a process.
-            process.send_signal(signum)
-        return process.wait()
+def train(arguments: list[str], *keep_open: int) -> int:
+    """One run of dvrl-train in a process of its own, as `launchers.run` says; its exit code."""
+    return launchers.run([sys.executable, "-m", "dvrl_jax.commands.train", *arguments], keep_open)
 
 
 def leave_if_stopped(code: int, what: object) -> None:
@@ -56,6 +44,17 @@ def leave_if_stopped(code: int, what: object) -> None:
 
 def steps_of(experiment: Experiment) -> int:
     return STEPS.value or experiments.load_config(experiment).total_env_steps
+
+
+def steps_so_far(root: Path, experiment: Experiment) -> list[int]:
+    """Environment steps of each seed's run."""
+    lines = (experiments.last_line(experiments.workdir(root, experiment, seed)) for seed in range(SEEDS.value))
+    return [line["env_steps"] if line else 0 for line in lines]
+
+
+def jobs_of(root: Path, experiment: Experiment) -> Path:
+    """Where the lock and the jobs of an experiment are."""
+    return root / "jobs" / experiment.name
 
 
 def measure(experiment: Experiment) -> float:
@@ -90,29 +89,28 @@ def show(chosen: list[Experiment], root: Path) -> None:
     for experiment in chosen if MEASURE.value else ():  # First all of it, so that the table stays in one piece.
         if speeds.get(experiment)[0] is None:
             speeds.add(experiment, measure(experiment))
-    print(f"{'experiment':32} {'steps':>12} {'done':>6} {'steps/s':>9} {'hours left':>11}  speed from")
+    states = launchers.states(jobs_of(root, experiment) for experiment in chosen)
+    head = f"{'experiment':32} {'steps':>12} {'so far':>12} {'done':>6}  {'state':8} {'steps/s':>9} {'hours left':>11}"
+    print(f"{head}  {'speed from':10}  log")
     for experiment in chosen:
         speed, source = speeds.get(experiment)
-        steps, left, done = steps_of(experiment), 0, 0
-        for seed in range(SEEDS.value):
-            line = experiments.last_line(experiments.workdir(root, experiment, seed))
-            so_far = line["env_steps"] if line else 0
-            left, done = left + max(0, steps - so_far), done + (so_far >= steps)
-        hours = None if speed is None else left / speed / 3600
+        steps, so_far = steps_of(experiment), steps_so_far(root, experiment)
+        done = sum(each >= steps for each in so_far)
+        hours = None if speed is None else sum(max(0, steps - each) for each in so_far) / speed / 3600
         total, unknown = total + (hours or 0.0), unknown + (speed is None)
         numbers = ("-", "-") if speed is None else (f"{speed:,.0f}", f"{hours:,.1f}")
-        print(
-            f"{experiment.name:32} {steps:>12,} {done:>3}/{SEEDS.value:<2} {numbers[0]:>9} {numbers[1]:>11}  {source}"
-        )
+        state = states[jobs_of(root, experiment)]
+        word = "done" if done == SEEDS.value else state.word or "-"
+        reached = f"{min(so_far):>12,} {done:>3}/{SEEDS.value:<2}  {word:8}"
+        line = f"{experiment.name:32} {steps:>12,} {reached} {numbers[0]:>9} {numbers[1]:>11}  {source:10}  {state.log}"
+        print(line.rstrip())
     print(f"\n{len(chosen) * SEEDS.value} runs, {total:,.1f} hours on this machine, one run after the other")
     if unknown:
         print(f"{unknown} of unknown speed are not in this sum; --measure measures them")
 
 
 def run_all(chosen: list[Experiment], root: Path) -> list[str]:
-    """Trains everything that is not done, an experiment's seeds in one program. Returns what failed.
-
-    Where some of the seeds have begun by themselves, each one goes on by itself.
+    """Trains everything that is not done, and that no other process trains. Returns what failed.
 
     Raises:
         SystemExit: a run was stopped by a signal; the same command goes on from there.
@@ -120,24 +118,81 @@ def run_all(chosen: list[Experiment], root: Path) -> list[str]:
     """
     failed = []
     for experiment in chosen:
-        steps, todo = steps_of(experiment), []
-        for seed in range(SEEDS.value):
-            path = experiments.workdir(root, experiment, seed)
-            experiments.check_run(path, experiment)
-            if experiments.is_done(path, steps):
-                print(f"{path}: done already", flush=True)
+        with launchers.claim(jobs_of(root, experiment)) as lock:
+            if lock is None:
+                print(f"{root / experiment.name}: skipped, another process is training it", flush=True)
             else:
-                todo.append((path, [f"--config.seed={seed}"]))
-        if experiments.in_one_program(root, experiment, SEEDS.value) and todo:
-            todo = [(root / experiment.name, ["--config.seed=0", f"--config.num_seeds={SEEDS.value}"])]
-        for path, settings in todo:
-            print(f"{path}: training", flush=True)
-            settings = [*settings, f"--config.total_env_steps={steps}", f"--workdir={path.resolve()}"]
-            if code := train([*experiment.arguments(), *settings]):
-                leave_if_stopped(code, path)
-                print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
-                failed.append(str(path))
+                failed += run_one(experiment, root, lock)
     return failed
+
+
+def run_one(experiment: Experiment, root: Path, lock: int) -> list[str]:
+    """Trains what is not done of an experiment, its seeds in one program, and holds the lock meanwhile.
+
+    Where some of the seeds have begun by themselves, each one goes on by itself. Returns and raises as `run_all`.
+    """
+    steps, todo, failed = steps_of(experiment), [], []
+    for seed in range(SEEDS.value):
+        path = experiments.workdir(root, experiment, seed)
+        experiments.check_run(path, experiment)
+        if experiments.is_done(path, steps):
+            print(f"{path}: done already", flush=True)
+        else:
+            todo.append((path, [f"--config.seed={seed}"]))
+    if experiments.in_one_program(root, experiment, SEEDS.value) and todo:
+        todo = [(root / experiment.name, ["--config.seed=0", f"--config.num_seeds={SEEDS.value}"])]
+    for path, settings in todo:
+        print(f"{path}: training", flush=True)
+        settings = [*settings, f"--config.total_env_steps={steps}", f"--workdir={path.resolve()}"]
+        if code := train([*experiment.arguments(), *settings], lock):
+            leave_if_stopped(code, path)
+            print(f"{path}: failed with exit code {code}", file=sys.stderr, flush=True)
+            failed.append(str(path))
+    return failed
+
+
+def launch(chosen: list[Experiment], root: Path, launcher: str) -> tuple[list[str], bool]:
+    """Makes a job of every experiment that is not done and has none. Local jobs are run to their end.
+
+    Returns what failed, and whether nothing is left to do.
+
+    Raises:
+        SystemExit: local jobs were stopped by a signal; the same command goes on from there.
+        RunError: a job cannot be made, or what stands in a run's place is of another experiment.
+    """
+    settings, starts, is_left = launchers.parse_settings(SLURM.value), {}, False
+    states = launchers.states(jobs_of(root, experiment) for experiment in chosen)
+    for experiment in chosen:
+        folder, path = jobs_of(root, experiment), root / experiment.name
+        for seed in range(SEEDS.value):
+            experiments.check_run(experiments.workdir(root, experiment, seed), experiment)
+        if min(steps_so_far(root, experiment)) >= steps_of(experiment):
+            print(f"{path}: done already", flush=True)
+        elif states[folder].word in launchers.TO_COME:
+            is_left = True
+            print(f"{path}: {states[folder].word} already", flush=True)
+        else:
+            starts[folder] = functools.partial(start_job, launcher, experiment, root, settings)
+    if launcher == "slurm":
+        for start in starts.values():
+            start()
+        return [], not (is_left or starts)
+    if signum := launchers.follow(starts.values(), AT_ONCE.value):
+        leave_if_stopped(128 + signum, root)
+    ended = launchers.states(starts)
+    return [f"{folder} ({state.log})" for folder, state in ended.items() if state.word == "failed"], True
+
+
+def start_job(launcher: str, experiment: Experiment, root: Path, settings: dict[str, Any]) -> Any:
+    """Submits an experiment: as this command for it alone, without a launcher. Returns submitit's job."""
+    command = [sys.executable, "-u", "-m", "dvrl_jax.commands.reproduce", f"--root={root.resolve()}", "--noreport"]
+    command += [f"--only={experiment.name}", f"--seeds={SEEDS.value}"]
+    command += [f"--steps={STEPS.value}"] if STEPS.value else []
+    job = launchers.submit(
+        launcher, jobs_of(root.resolve(), experiment), experiment.name.replace("/", "-"), command, settings
+    )
+    print(f"{root / experiment.name}: job {job.job_id}, log in {job.paths.stdout}", flush=True)
+    return job
 
 
 def report(chosen: list[Experiment], root: Path) -> None:
@@ -171,12 +226,21 @@ def main() -> int:
         raise RunError("--measure: goes with --list, which shows what it measures")
     if FLAGS["only"].present and not ONLY.value:
         raise RunError("--only: names no experiment; leave it out for all of them")
+    if SLURM.value and LAUNCHER.value != "slurm":
+        raise RunError("--slurm: goes with --launcher=slurm")
     chosen, root = experiments.select(ONLY.value), Path(ROOT.value)
     if LIST.value:
         show(chosen, root)
         return 0
-    failed = run_all(chosen, root)
-    report(chosen, root)
+    is_over = True
+    if LAUNCHER.value:
+        failed, is_over = launch(chosen, root, LAUNCHER.value)
+    else:
+        failed = run_all(chosen, root)
+    if not is_over:
+        print("--list shows how far they are; once all are done, the same command writes the table and the figures")
+    elif REPORT.value:
+        report(chosen, root)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
