@@ -32,7 +32,7 @@ LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NUM_MARKS = 8  # About as many markers on a curve.
 
-WIDTH, PANEL_HEIGHT = 7.0, 3.7  # Inches.
+WIDTH, PANEL_HEIGHT = 7.0, 3.9  # Inches.
 
 KINDS = ("algorithm", "env.name")  # The fields that say what a run is; others follow from them.
 
