@@ -119,6 +119,21 @@ def test_a_hike_becomes_an_animation_and_a_still(hike_recording, tmp_path):
     assert painter.still(blind).shape[0] > 300 and len(list(painter.frames(blind))) == 4
 
 
+def test_particles_are_seen_and_the_legend_is_read_at_800_pixels(hike_recording):
+    short = jax.tree.map(lambda x: x[:4], hike_recording)
+    apart = np.stack(np.meshgrid(np.linspace(-1, 1, 4), (-0.2, 0.3, 0.8), indexing="ij"), axis=-1)  # Off the path.
+    short = short._replace(particles=mountain_hike.OBSERVATION_SCALE * apart, obs=0 * short.obs - 20.0)
+    figure = hike.HikePainter().figure(short)
+    pixels, axis = hike.figure_to_array(figure).astype(int), figure.axes[0]
+    columns, rows = axis.transData.transform(apart.reshape(-1, 2)).round().astype(int).T
+    red, green, blue = pixels[len(pixels) - 1 - rows, columns].T
+    assert np.all(red > 130) and np.all(red - green > 60) and np.all(red - blue > 60)
+    legend, to_800 = axis.get_legend(), 800 / pixels.shape[1]
+    assert min(text.get_fontsize() for text in legend.get_texts()) * figure.dpi / 72 * to_800 > 12
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0 and extent.y0 >= 0 and extent.y1 < axis.xaxis.label.get_window_extent().y0
+
+
 def test_predictions_of_hikes_are_drawn_where_they_are():
     readings, centre = np.full((4, 2), -5.0), np.zeros((4, 2))
     up = centre.copy()

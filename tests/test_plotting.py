@@ -103,17 +103,31 @@ def test_what_are_no_seeds_are_called_runs(tmp_path):
     assert plotting.curve("rnn", both, "result.true").label == "rnn (2 runs)"
 
 
-def test_more_curves_than_colours_can_be_told_apart_and_a_long_legend_is_whole(tmp_path):
+def test_curves_can_be_told_apart_without_colour_and_a_long_legend_stays_within_the_figure(tmp_path):
     fields = {f"loss.{name}_coef": 0.0 for name in ("value", "action", "entropy", "encoding")}
     many = [write_run(tmp_path / str(i), [10, 20], [1.0, 2.0], **dict.fromkeys(fields, i * 0.12345)) for i in range(12)]
     figure = plotting.plot(many, ["result.true"])
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
-    assert len(looks) == 12
-    png, _ = plotting.save(figure, tmp_path / "x")
-    figure.set_dpi(150)
-    legend = figure.legends[0].get_window_extent()
-    assert legend.width > figure.bbox.width  # So wide that it would have been cut off.
-    assert matplotlib.image.imread(png).shape[1] >= legend.width
+    lines = figure.axes[0].lines
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 12
+    assert all(line.get_markevery()[0] < 2 for line in lines)  # A marker, even on two points.
+    (png, _), legend = plotting.save(figure, tmp_path / "x"), figure.legends[0]
+    figure.draw_without_rendering()
+    extent, labels = legend.get_window_extent(), [text.get_text() for text in legend.get_texts()]
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width and extent.y0 >= 0
+    assert extent.y1 < figure.axes[0].get_tightbbox().y0  # Below the panel, on nothing.
+    assert figure.axes[0].bbox.height > 200  # Which keeps its height.
+    assert [" ".join(label.split()) for label in labels] == list(plotting.group_runs(many))
+    pixels = matplotlib.image.imread(png)
+    assert pixels.shape[1] == 150 * plotting.WIDTH and np.all(pixels[..., 3] == 1.0)  # Opaque, for dark pages.
+
+
+def test_the_legend_says_what_the_band_is(tmp_path):
+    runs = [write_run(tmp_path / str(seed), [10, 20], [1.0, 2.0 + seed], seed=seed) for seed in range(3)]
+    said = lambda loaded: plotting.plot(loaded, ["result.true"]).legends[0].get_title().get_text()
+    assert said(runs) == "line: mean, band: ± one standard deviation of 3 seeds"
+    runs += [write_run(tmp_path / name, [10, 20], [1.0, 2.0], algorithm="dvrl", seed=3) for name in "ab"]
+    assert said(runs) == "line: mean, band: ± one standard deviation of 2 runs or 3 seeds"
+    assert said(runs[:1]) == ""
 
 
 def plot(tmp_path, *arguments):

@@ -1,10 +1,12 @@
 """Learning curves from run directories: runs that differ only in their seed become one line with a band."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dvrl_jax.errors import RunError
@@ -25,8 +27,12 @@ UNITS = {
 }
 
 
-NUM_COLORS = 10  # Of Matplotlib's cycle; the next curves have another style.
-LINE_STYLES = ("-", "--", ":", "-.")
+# Of 4 styles and 7 markers, 28 curves each have a pair of their own, so that they can be told apart without colour.
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NUM_MARKS = 8  # About as many markers on a curve.
+
+WIDTH, PANEL_HEIGHT = 7.0, 3.9  # Inches.
 
 KINDS = ("algorithm", "env.name")  # The fields that say what a run is; others follow from them.
 
@@ -40,12 +46,13 @@ class Run(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of a plot: `mean` and `spread` (None for a single run) at `steps`."""
+    """One line of a plot: `mean` and `spread` (None for a single run) at `steps`, and over what, such as "3 seeds"."""
 
     label: str
     steps: np.ndarray
     mean: np.ndarray
     spread: np.ndarray | None
+    over: str = "1 seed"
 
 
 def load_run(path: Path, defaults: Mapping[str, Any] = {}) -> Run:
@@ -131,13 +138,14 @@ def curve(label: str, group: list[Run], metric: str, smooth: int = 1) -> Curve:
     if len(series) == 1:
         return Curve(label, *series[0], None)
     are_seeds = len({run.fields.get("seed") for run in group}) == len(group)
-    label = f"{label} ({len(series)} {'seeds' if are_seeds else 'runs'})"
+    over = f"{len(series)} {'seeds' if are_seeds else 'runs'}"
+    label = f"{label} ({over})"
     low, high = max(x[0] for x, _ in series), min(x[-1] for x, _ in series)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x, _ in series]))
     if not grid.size:
         label += ", no steps in common"
     values = np.stack([np.interp(grid, x, y) for x, y in series])
-    return Curve(label, grid, values.mean(0), values.std(0, ddof=1))
+    return Curve(label, grid, values.mean(0), values.std(0, ddof=1), over)
 
 
 def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
@@ -147,36 +155,55 @@ def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def plot(loaded: list[Run], metrics: list[str], smooth: int = 1) -> Figure:
-    """One panel per metric against environment steps; bands are one standard deviation over seeds."""
+    """One panel per metric against environment steps; bands are one standard deviation over seeds.
+
+    Curves differ in line style and marker as well as in colour. The legend lies below, within the figure's width.
+    """
     groups = group_runs(loaded)
-    figure = Figure(figsize=(7.0, 3.5 * len(metrics) + 0.25 * len(groups) + 0.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * len(metrics)), layout="constrained", edgecolor="0.7", linewidth=1.0)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)
-    has_band = False
+    over = set()
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
         for index, (label, group) in enumerate(groups.items()):
             line = curve(label, group, metric, smooth)
             if metric == "loss.encoding" and not line.mean.any():
                 line = Curve(line.label, np.array([]), np.array([]), None)  # A belief that has no ELBO, not one of 0.
-            style = LINE_STYLES[index // NUM_COLORS % len(LINE_STYLES)]
-            axis.plot(line.steps / 1e6, line.mean, style, color=f"C{index}", label=line.label)
+            _draw(axis, line, index, len(groups))
             if line.spread is not None:
-                has_band = True
-                low, high = line.mean - line.spread, line.mean + line.spread
-                axis.fill_between(line.steps / 1e6, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+                over.add(line.over)
         axis.set_ylabel(f"{metric}\n{UNITS.get(metric, UNITS.get(metric.split('.')[0], ''))}")
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("environment steps (millions)")
-    # One legend for all panels, above them, where it hides nothing.
-    title = "band: one standard deviation over seeds" if has_band else None
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside upper left",
-        title=title,
-        alignment="left",
-        title_fontsize="small",
-        fontsize="small",
-    )
+    title = f"line: mean, band: ± one standard deviation of {' or '.join(sorted(over))}" if over else None
+    _add_legend(figure, *axes[0, 0].get_legend_handles_labels(), title)
     return figure
+
+
+def _draw(axis: Axes, line: Curve, index: int, count: int) -> None:
+    """Draws the curve of number `index` of `count`, whose markers lie between those of the others."""
+    steps, color = line.steps / 1e6, f"C{index}"
+    apart = max(1, steps.size // NUM_MARKS)
+    style = {"linestyle": LINE_STYLES[index % len(LINE_STYLES)], "marker": MARKERS[index % len(MARKERS)]}
+    style |= {"markersize": 5, "markevery": (apart * index // count, apart)}
+    axis.plot(steps, line.mean, color=color, label=line.label, **style)
+    if line.spread is not None:
+        band = (line.mean - line.spread, line.mean + line.spread)
+        axis.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
+
+
+def _add_legend(figure: Figure, handles: list, labels: list[str], title: str | None) -> None:
+    """One legend for all panels, below them, in as many columns as fit or with broken lines; the figure grows by it."""
+    style = {"loc": "outside lower center", "alignment": "left", "handlelength": 3.5}
+    style |= {"fontsize": "small", "title_fontsize": "small"}
+    for columns, length in ((3, 200), (2, 200), (1, 200), (1, 80), (1, 55), (1, 35)):
+        wrapped = [textwrap.fill(label, length) for label in labels]
+        legend = figure.legend(handles, wrapped, title=title, ncols=columns, **style)
+        extent = legend.get_window_extent()
+        if extent.width <= 0.97 * figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
 
 
 def save(figure: Figure, out: Path) -> list[Path]:
@@ -190,6 +217,6 @@ def save(figure: Figure, out: Path) -> list[Path]:
         with run_directory.writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             new = file.with_name(f"{file.stem}.new{file.suffix}")
-            figure.savefig(new, dpi=150, bbox_inches="tight")  # Grows with a legend that is wider than the figure.
+            figure.savefig(new, dpi=150, transparent=False)  # Readable on a dark page too.
             new.replace(file)
     return files

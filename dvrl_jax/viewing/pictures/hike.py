@@ -13,8 +13,12 @@ from matplotlib.patheffects import withStroke
 from dvrl_jax.envs import mountain_hike
 from dvrl_jax.viewing.recording import Recording
 
-LIMIT = 1.6  # The map goes a little beyond the box, since readings do.
+LIMIT = 1.5  # The map goes a little beyond the box, since readings do.
 READING, PARTICLE, BELIEF, PATH = "tab:orange", "tab:red", "tab:red", "white"
+READABLE = {"width": 9.0, "ratio": 2.1}  # At 800 pixels, as on a page of GitHub.
+# Edges of what lies on the light part of the landscape, or on particles.
+DARK_EDGE = [withStroke(linewidth=3.0, foreground="black")]
+LIGHT_EDGE = [withStroke(linewidth=3.5, foreground="white")]
 
 
 def positions(observations: np.ndarray) -> np.ndarray:
@@ -50,20 +54,22 @@ class HikePainter:
     fps = 8
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
-        """The map with all particles of the step at the left; weights, distances and values at the right."""
-        figure, (axis, *side) = layout(4 if recording.weights is not None else 3)
+        """The map with the step's particles, earlier readings small; at the right distances, values and weights."""
+        figure, (axis, *side) = layout(4 if recording.weights is not None else 3, **READABLE)
         draw_landscape(axis)
-        (path,) = axis.plot([], [], color=PATH, linewidth=1.5, label="true path")
-        (here,) = axis.plot([], [], "o", color=PATH, markeredgecolor="black", markersize=9, label="true position")
-        (reading,) = axis.plot([], [], "x", color=READING, markersize=9, markeredgewidth=2.5, label="reading")
+        (path,) = axis.plot([], [], color=PATH, linewidth=1.8, label="true path", path_effects=DARK_EDGE)
+        (earlier,) = axis.plot([], [], "x", color=READING, markersize=5, markeredgewidth=1.2, alpha=0.7)
         dots = axis.scatter(
-            [], [], color=PARTICLE, edgecolors="black", linewidths=0.5, label="particles (area: weight)"
+            [], [], color=PARTICLE, edgecolors="black", linewidths=0.6, zorder=2, label="particles (area: weight)"
         )
+        ring = {"markerfacecolor": "none", "markersize": 13, "markeredgewidth": 2.0, "path_effects": DARK_EDGE}
+        (here,) = axis.plot([], [], "o", markeredgecolor=PATH, label="true position", **ring)
+        (reading,) = axis.plot([], [], "x", color=READING, markersize=10, markeredgewidth=3.0, label="reading")
+        reading.set_path_effects([withStroke(linewidth=5, foreground="black")])
         believed = belief_positions(recording)
         if believed is not None:
-            (guess,) = axis.plot([], [], "+", color=BELIEF, markersize=13, markeredgewidth=2.5, label="belief's mean")
-            # With a dark edge: it usually lies on particles.
-            guess.set_path_effects([withStroke(linewidth=5, foreground="black")])
+            (guess,) = axis.plot([], [], "+", color=BELIEF, markersize=9, markeredgewidth=1.8, label="belief's mean")
+            guess.set_path_effects(LIGHT_EDGE)  # It usually lies on particles.
         legend(axis, skip=() if recording.particles is not None else ("particles (area: weight)",))
         title = axis.set_title("")
         cursors = _curves(side, recording)
@@ -75,11 +81,12 @@ class HikePainter:
             path.set_data(*recording.view[: t + 1].T)
             here.set_data([now[0]], [now[1]])
             reading.set_data(*(positions(recording.obs[t : t + 1]).T if recording.observed[t] else ([], [])))
+            earlier.set_data(*positions(recording.obs[:t][recording.observed[:t]]).T)
             if believed is not None:
                 guess.set_data(*believed[t : t + 1].T)
             if recording.particles is not None:
                 dots.set_offsets(positions(recording.particles[t]))
-                dots.set_sizes(20 + 300 * recording.weights[t])
+                dots.set_sizes(25 + 400 * recording.weights[t])
             if recording.weights is not None:
                 for bar, weight in zip(bars, recording.weights[t], strict=True):
                     bar.set_height(weight)
@@ -94,17 +101,17 @@ class HikePainter:
 
     def figure(self, recording: Recording) -> Figure:
         """The still as a matplotlib figure, for notebooks."""
-        figure, (axis, *side) = layout(3)
+        figure, (axis, *side) = layout(3, **READABLE)
         draw_landscape(axis)
         if recording.particles is not None:
-            where, sizes = positions(recording.particles).reshape(-1, 2), 2 + 40 * recording.weights.ravel()
-            axis.scatter(*where.T, s=sizes, color=PARTICLE, alpha=0.25, linewidths=0, label="particles (area: weight)")
+            where, sizes = positions(recording.particles).reshape(-1, 2), 8 + 120 * recording.weights.ravel()
+            axis.scatter(*where.T, s=sizes, color=PARTICLE, alpha=0.75, linewidths=0, label="particles (area: weight)")
         readings = positions(recording.obs[recording.observed])
-        axis.plot(*readings.T, "x", color=READING, markersize=5, markeredgewidth=1.2, label="readings")
-        axis.plot(*recording.view.T, ".-", color=PATH, linewidth=1.5, markersize=3, label="true path")
+        axis.plot(*readings.T, "x", color=READING, markersize=6, markeredgewidth=1.6, label="readings")
+        axis.plot(*recording.view.T, color=PATH, linewidth=1.8, label="true path", path_effects=DARK_EDGE)
         believed = belief_positions(recording)
         if believed is not None:
-            axis.plot(*believed.T, "-", color=BELIEF, linewidth=1.2, label="belief's mean")
+            axis.plot(*believed.T, "-", color=BELIEF, linewidth=1.2, label="belief's mean", path_effects=DARK_EDGE)
         axis.plot(*recording.view[0], "o", color=PATH, markeredgecolor="black", markersize=8, label="start")
         legend(axis)
         axis.set_title(f"one episode of {len(recording.view)} steps, return {recording.reward.sum():.1f}")
@@ -141,18 +148,22 @@ class HikePainter:
         return figure_to_array(figure)
 
 
-def layout(panels: int) -> tuple[Figure, list[Axes]]:
-    """A map at the left, and panels - 1 small axes at the right."""
-    figure = Figure(figsize=(11.0, 6.6), dpi=90, layout="constrained")
-    grid = figure.add_gridspec(panels - 1, 2, width_ratios=(1.75, 1.0))
+def layout(panels: int, width: float = 11.0, ratio: float = 1.75) -> tuple[Figure, list[Axes]]:
+    """A map at the left, `ratio` times as wide as panels - 1 small axes at the right.
+
+    The figure has 990 x 594 pixels; the smaller its `width` in inches, the larger is its text.
+    """
+    figure = Figure(figsize=(width, 0.6 * width), dpi=990 / width, layout="constrained")
+    grid = figure.add_gridspec(panels - 1, 2, width_ratios=(ratio, 1.0))
     return figure, [figure.add_subplot(grid[:, 0]), *(figure.add_subplot(grid[i, 1]) for i in range(panels - 1))]
 
 
 def legend(axis: Axes, skip: tuple[str, ...] = ()) -> None:
     entries = [(h, label) for h, label in zip(*axis.get_legend_handles_labels(), strict=True) if label not in skip]
     # Below the map, where it hides nothing; dark, because the path is white.
-    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
-    style |= {"fontsize": "small", "facecolor": "0.35", "labelcolor": "white"}
+    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}
+    style |= {"handlelength": 1.5, "handletextpad": 0.5, "columnspacing": 1.0}
+    style |= {"facecolor": "0.35", "labelcolor": "white"}
     for handle in axis.legend(*zip(*entries, strict=True), **style).legend_handles:
         handle.set_alpha(1.0)
 
