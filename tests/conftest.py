@@ -39,7 +39,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 # Files of tests that take minutes. They are handed to the workers first, so that no worker waits for one at the end.
 LONGEST = ["agents", "resume", "learning", "evidence", "bptt", "parity", "seeds", "choices", "atari", "determinism"]
-LONGEST += ["kill", "reproduce", "truncation", "package"]
+LONGEST += ["kill", "reproduce", "launchers", "truncation", "package"]
 
 
 @pytest.fixture
