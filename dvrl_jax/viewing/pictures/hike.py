@@ -58,7 +58,7 @@ class HikePainter:
         figure, (axis, *side) = layout(4 if recording.weights is not None else 3, **READABLE)
         draw_landscape(axis)
         (path,) = axis.plot([], [], color=PATH, linewidth=1.8, label="true path", path_effects=DARK_EDGE)
-        (earlier,) = axis.plot([], [], "x", color=READING, markersize=5, markeredgewidth=1.2, alpha=0.7)
+        (earlier,) = axis.plot([], [], "x", color=READING, markersize=5, markeredgewidth=1.2)
         dots = axis.scatter(
             [], [], color=PARTICLE, edgecolors="black", linewidths=0.6, zorder=2, label="particles (area: weight)"
         )
