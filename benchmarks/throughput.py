@@ -61,9 +61,10 @@ def timed_windows(run_window: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def report(config, times: list[float], **more: Any) -> dict[str, Any]:
-    """What a worker found, from the seconds that windows of updates took."""
+    """What a worker found, from the seconds that windows of updates took; an update is one of each seed."""
     ms = 1e3 * statistics.median(times) / config.bptt_segments
-    return {"ms": ms, "steps_per_second": config.num_envs * config.num_steps / ms * 1e3, **more}
+    steps = config.num_seeds * config.num_envs * config.num_steps
+    return {"ms": ms, "steps_per_second": steps / ms * 1e3, **more}
 
 
 class Program(NamedTuple):
@@ -80,20 +81,23 @@ class Program(NamedTuple):
 def make_program(config) -> Program:
     """Compiles the call that `train.py` makes, and settles the process as that does."""
     import jax
-    import jax.numpy as jnp
 
-    from dvrl_jax import envs
+    from dvrl_jax import envs, seeds
     from dvrl_jax.learner import make_learner
-    from dvrl_jax.runs import compilation
+    from dvrl_jax.runs import compilation, loop
 
     began = time.perf_counter()
-    env = envs.make_env(config.env, config.num_envs, config.seed)
+    every = range(config.seed, config.seed + config.num_seeds)
+    env = envs.make_env(config.env, config.num_envs, every)
     learner = make_learner(config, env)
-    state = learner.init(jax.random.PRNGKey(config.seed))
+    states = [learner.init(jax.random.PRNGKey(seed), env.of_seed(place)) for place, seed in enumerate(every)]
+    state = states[0] if len(states) == 1 else seeds.stack(states)
     setup = time.perf_counter() - began
     began = time.perf_counter()
+    run = learner.run if len(states) == 1 else seeds.run(learner, len(states))
     # What a GPU's fastest kernels are is found out anew, and kept for nobody: other benchmarks may disturb it.
-    run = compilation.jit(learner.run, config, use_cache=False).lower(state, jnp.int32(1)).compile()
+    program = compilation.jit(run, config, use_cache=False)
+    run = program.lower(state, loop.counts(state, 1, range(len(states)))).compile()
     compile_time = time.perf_counter() - began
     process.settle(config)
     return Program(env, learner, state, run, setup, compile_time)
@@ -117,14 +121,17 @@ class Ours:
 
     def run_windows(self, count: int) -> None:
         import jax
-        import jax.numpy as jnp
 
-        updates = jnp.int32(count * self.config.bptt_segments)
+        from dvrl_jax.runs import loop
+
+        updates = loop.counts(self.state, count * self.config.bptt_segments, range(self.config.num_seeds))
         self.state = jax.block_until_ready(self.program.run(self.state, updates))
 
     def measure(self, seconds: float, parts: bool = False) -> dict[str, Any]:
         """Speed of the compiled training call; with `parts`, also of its pieces compiled alone."""
         import jax
+
+        from dvrl_jax import seeds
 
         if self.window_seconds < 1.0:  # The first one may have taken much longer than others of such a small model.
             self.window_seconds = self.time_window()
@@ -136,9 +143,8 @@ class Ours:
         stats = jax.devices()[0].memory_stats()
         result["memory_mb"] = stats["peak_bytes_in_use"] / 2**20 if stats else peak_memory_mb()
         if parts:
-            result["parts"] = measure_parts(
-                self.config, self.program.env, self.program.learner, self.state, result["ms"]
-            )
+            one = seeds.member(self.state, 0)
+            result["parts"] = measure_parts(self.config, self.program.env, self.program.learner, one, result["ms"])
         return result
 
 

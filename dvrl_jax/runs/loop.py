@@ -73,7 +73,7 @@ def train(
         if skipped := max(int(now[place].skipped_in_row) for place in running):
             count = min(count, config.max_skipped_updates - skipped)
         began = time.monotonic()
-        state = jax.block_until_ready(program(state, _counts(state, count, running)))
+        state = jax.block_until_ready(program(state, counts(state, count, running)))
         elapsed = time.monotonic() - began
         limit = max(1, min(2 * limit, int(MAX_CALL_SECONDS * count / max(elapsed, 1e-9))))
         line_seconds += elapsed
@@ -95,13 +95,13 @@ def train(
             raise Stopped("; ".join(failures.values()))
 
 
-def _counts(state: TrainState, count: int, running: Iterable[int]) -> jax.Array:
+def counts(state: TrainState, count: int, running: Iterable[int]) -> jax.Array:
     """The number of updates as the program takes it: of places that do not train, none."""
     if state.update.ndim == 0:
         return jnp.int32(count)
-    counts = np.zeros(state.update.shape, np.int32)
-    counts[list(running)] = count
-    return jax.device_put(counts, state.update.sharding)
+    each = np.zeros(state.update.shape, np.int32)
+    each[list(running)] = count
+    return jax.device_put(each, state.update.sharding)
 
 
 def _line(state: TrainState, is_final: bool) -> dict[str, Any]:
