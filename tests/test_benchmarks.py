@@ -107,7 +107,7 @@ def test_what_is_not_measured_is_said(tmp_path):
 
 def test_throughput_measures_the_parts_too():
     fields = [f"--config.{name}={value}" for name, value in (HIKE | {"bptt_segments": 2}).items()]
-    done = bench("throughput", "--config=configs/mountain_hike_dvrl.py", *fields, "--repeats=1", "--seconds=0")
+    done = bench("throughput", "--config=configs/mountain_hike_rnn.py", *fields, "--repeats=1", "--seconds=0")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout.splitlines()[-1])) == {"ours"}
     for part in ("environment", "acting", "learning, newest segment", "optimiser", "learning, earlier segments"):

@@ -13,7 +13,7 @@ from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config as config_lib
 from tests.tiny import tiny_hike, tiny_pong
 
-UPDATES, SEEDS = 7, 3
+UPDATES, SEEDS = 6, 3  # Whole log intervals: for a rest the update is compiled a second time.
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def test_several_seeds_train_in_one_program_each_as_it_does_alone(algorithm):
     states, metrics = jax.jit(jax.vmap(lambda key: train.pure(key, UPDATES)))(keys)
     assert metrics["update"].tolist() == [[3, 6]] * SEEDS
     assert metrics["loss.total"].shape == (SEEDS, 2) and np.isfinite(metrics["loss.total"]).all()
-    assert np.isnan(metrics["result.true"]).all()  # No episode is over after 14 steps.
+    assert np.isnan(metrics["result.true"]).all()  # No episode is over after 12 steps.
     assert states.update.tolist() == [UPDATES] * SEEDS
     for i, key in enumerate(keys):
         state, line = alone(algorithm)(key)
