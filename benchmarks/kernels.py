@@ -19,6 +19,7 @@ from absl import flags
 from benchmarks.throughput import make_program
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process
+from dvrl_jax.runs import config as config_lib
 
 FLAGS = flags.FLAGS
 
@@ -79,7 +80,7 @@ def print_table(spans: list[Span], seconds: float, updates: int, top: int) -> No
 
 def main() -> int:
     config = command_line.required_config()
-    process.prepare(config)
+    process.prepare(config_lib.flatten(config))
 
     import jax
     import jax.numpy as jnp

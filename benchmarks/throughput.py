@@ -291,10 +291,11 @@ def with_job(config, kind: str, made: dict[str, Any], **more: Any) -> dict[str, 
 
 def ready(job: dict[str, Any]) -> Ours | Torch:
     """What measures a job's kind in this process, warmed up; `made` are its settings: `train_first` or `on_gpu`."""
+    if job["kind"] != "torch":
+        process.prepare(job["fields"])  # As `train.py` does.
     config = config_lib.from_fields(job["fields"])
     if job["kind"] == "torch":
         return Torch(config, **job["made"])
-    process.prepare(config)  # As `train.py` does.
     return Ours(config, **job["made"])
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dvrl_jax.runs import process
+from dvrl_jax.runs.config import flatten
 from tests.tiny import tiny_hike, tiny_pong
 
 
@@ -26,7 +27,7 @@ def test_only_the_smallest_models_are_given_one_thread(config, given, has_gpu, e
     os.environ.pop("NPROC")
     if given is not None:
         os.environ["NPROC"] = given
-    process.prepare(config)
+    process.prepare(flatten(config))
     assert os.environ.get("NPROC") == expected
 
 
@@ -64,7 +65,7 @@ def test_a_gpu_is_used_if_it_is_there_and_jax_can_and_may(plugin, variables, may
 def test_one_heap_is_kept_where_working_memory_is_large(config, is_kept, monkeypatch):
     called = []
     monkeypatch.setattr(process, "keep_one_heap", lambda: called.append(True))
-    process.prepare(config)
+    process.prepare(flatten(config))
     assert not called
     process.settle(config)
     assert bool(called) == is_kept
@@ -164,3 +165,20 @@ def test_a_python_without_docstrings_is_refused(program):
     assert (
         done.stderr.startswith("error: python -OO (or PYTHONOPTIMIZE=2): must be off") and done.stderr.count("\n") == 1
     )
+
+
+def test_a_configuration_computes_nothing_before_threads_are_settled():
+    """Gymnax computes when an environment is made, after which it is too late."""
+    program = """
+import os
+from dvrl_jax.configs import gymnax
+from dvrl_jax.runs import process, training
+from dvrl_jax.runs.config import flatten
+
+process.prepare(flatten(gymnax.get_config("CartPole-v1,rnn")) | {"num_seeds": 2})
+import jax
+
+assert os.environ["NPROC"] == "1" and jax.local_device_count() == min(2, len(os.sched_getaffinity(0)))
+"""
+    settings = {name: value for name, value in os.environ.items() if name != "NPROC"} | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], env=settings, check=True, timeout=120)

@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.runs import command_line, process, run_directory
+from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs.waiting import waiting
 
 command_line.define_config()
@@ -26,14 +28,26 @@ def _announce(workdir: Path | None, config: ConfigDict | None) -> None:
         raise ConfigError("--config: is needed to start a new run, for example --config=mountain_hike_dvrl")
 
 
+def _fields(workdir: Path | None, config: ConfigDict | None) -> dict[str, Any]:
+    """The configuration's fields by dotted name, as far as they are known before a check of them all."""
+    stored = run_directory.read_config(workdir) if workdir is not None else None
+    if stored is None:
+        return config_lib.flatten(config)
+    try:
+        config_lib.check_early(stored)
+    except ConfigError:
+        return {}  # The check says what is wrong, and in which file.
+    return stored
+
+
 def main() -> int:
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
     _announce(workdir, config)
     with waiting("loading JAX, Flax and EnvPool"):
         from dvrl_jax.runs import training
+    process.prepare(_fields(workdir, config))
     run, config = training.prepare(workdir, config, overrides)
-    process.prepare(config)
     try:
         training.train(run, config, CACHE.value, PRINT_CONFIG.value)
     except training.Interrupted as stop:

@@ -3,7 +3,6 @@
 Its parameters are fields, such as `--config.env.params.memory_length=30`. Agents are "dvrl", "rnn" and so on.
 """
 
-from dvrl_jax import envs
 from dvrl_jax.configs import default
 
 
@@ -19,7 +18,7 @@ def get_config(argument: str = "MemoryChain-bsuite"):
     c.model.z_dim = 64
     c.model.action_encoding = 32
     c.model.update_gate_bias = 3.0  # Without it, memory of an episode's beginning is not learned.
-    if envs.find(c.env.name).observation_of(c.env).is_image:
+    if task.endswith("-MinAtar") or task == "Pong-misc":  # Images.
         c.model.channels = (16, 32, 32)
     c.log.interval = 100
     return c

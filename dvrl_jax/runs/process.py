@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from dvrl_jax.runs.config import has_particles, sees_images
+from dvrl_jax.runs.config import default_config, flatten, has_particles, sees_images
 from dvrl_jax.runs.waiting import CLEAR
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -28,17 +29,32 @@ HEAP_OPTIONS = {
 }
 
 
-def prepare(config) -> None:
-    """Settles the threads of a process that trains `config`; to be called before JAX's first computation.
+def prepare(fields: Mapping[str, Any]) -> None:
+    """Settles the threads of a process that trains; to be called before JAX's first computation.
 
     The smallest models, of one row per environment on vectors, get one thread, unless a GPU trains them: there threads
     only compile.
+
+    `fields` are those of the configuration by dotted name, not checked as yet: a check may make an environment, and so
+    compute.
     """
-    if not has_particles(config) and not sees_images(config) and not may_use_gpu():
+    fields = flatten(default_config()) | dict(fields)
+    if may_use_gpu():
+        return
+    of_vectors = len(fields["model.channels"]) == 2  # Of images it has three.
+    if of_vectors and not _has_particles(fields):
         spare_threads()
-        divide_processor(min(config.num_seeds, len(os.sched_getaffinity(0))))
-    if config.num_devices > 1 and not may_use_gpu():
-        divide_processor(config.num_devices)
+        divide_processor(min(fields["num_seeds"], len(os.sched_getaffinity(0))))
+    if fields["num_devices"] > 1:
+        divide_processor(fields["num_devices"])
+
+
+def _has_particles(fields: Mapping[str, Any]) -> bool:
+    from dvrl_jax import agents
+
+    model = {name.removeprefix("model."): value for name, value in fields.items() if name.startswith("model.")}
+    kind = agents.named().get(fields["algorithm"])
+    return kind is None or kind.rows_per_env(SimpleNamespace(**model)) > 1
 
 
 def settle(config) -> None:
