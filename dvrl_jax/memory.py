@@ -64,11 +64,6 @@ def size_of(shapes: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def check(shapes: Any) -> None:
-    """Raises RunError if the arrays of a pytree, or of what `jax.eval_shape` says of it, do not fit into the device."""
-    check_size(size_of(shapes))
-
-
 def check_size(needed: int) -> None:
     """Raises RunError if the device has not so many bytes left for arrays."""
     there = free_of_device()

@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import default
 from dvrl_jax import acting
-from dvrl_jax.agents import dvrl
+from dvrl_jax.agents import particles
 from dvrl_jax.agents.original_weights import from_original
 from dvrl_jax.envs import ActionSpec, BatchedEnvironment, EnvState, ObservationSpec
 from dvrl_jax.learner import make_learner
@@ -103,4 +103,4 @@ class Golden:
     def _belief_draws(self, segment, steps):
         u = np.concatenate([self.data["u"][steps], self.data[f"bootstrap{segment}/u"][None]])
         eps = np.concatenate([self.data["eps_z"][steps], self.data[f"bootstrap{segment}/eps_z"][None]])
-        return dvrl.Noise(jnp.asarray(u[..., 0]), jnp.asarray(eps))
+        return particles.Noise(jnp.asarray(u[..., 0]), jnp.asarray(eps))

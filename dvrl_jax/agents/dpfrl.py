@@ -13,8 +13,8 @@ from flax import nnx
 from dvrl_jax import networks, notes
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import particles
-from dvrl_jax.agents.base import Agent, Inputs, Timestep, UpdateInfo
-from dvrl_jax.agents.particles import Carry, Resampling
+from dvrl_jax.agents.base import Inputs, Timestep, UpdateInfo
+from dvrl_jax.agents.particles import Carry, ParticleAgent, Resampling, Trace
 
 Array = jax.Array
 
@@ -28,21 +28,6 @@ class Belief(NamedTuple):
     @property
     def carry(self) -> Carry:
         return Carry(self.h, self.log_weight)
-
-
-class Noise(NamedTuple):
-    """Randomness of updates: `u` uniform, for resampling; `eps` [T, B, K, H] standard normal, for h."""
-
-    u: Array
-    eps: Array
-
-
-class Trace(NamedTuple):
-    """Ancestors [B, K] int32 (None without resampling), eps [B, K, H], and where resampling was done (None: always)."""
-
-    ancestors: Array | None
-    eps: Array
-    resampled: Array | None
 
 
 class Drive(NamedTuple):
@@ -62,7 +47,7 @@ class Step(NamedTuple):
     carry: Carry
 
 
-class DPFRL(Agent):
+class DPFRL(ParticleAgent):
     """h = PF-GRU([phi_o, phi_a], h_prev) with learned noise; log w = log w_prev + f(phi_o, h).
 
     The noise sigma(phi_o, phi_a, h_prev) * eps enters the candidate state, inside its tanh (Ma et al., AAAI 2020).
@@ -83,6 +68,10 @@ class DPFRL(Agent):
         self.score_out = networks.Linear({"x": h}, 1, gain=1.0, rngs=rngs)
         self.summary = particles.make_summary(config, {"h": h}, rngs=rngs)
 
+    @property
+    def noise_size(self) -> int:
+        return self.h_dim
+
     def initial(self, num_envs: int) -> Belief:
         """K equal particles of zeros for each environment."""
         zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
@@ -92,17 +81,6 @@ class DPFRL(Agent):
         """What an encoded input [..., F] adds, once per environment."""
         seen = {name: x for name, x in encoded.items() if name == "obs"}
         return Drive(self.gru.product(**encoded), self.deviation.product(**encoded), self.score_hidden.product(**seen))
-
-    def draw(self, key: Array, steps: int, num_envs: int) -> Noise:
-        """For each step u, uniform, to resample with, and eps [B, K, H], normal."""
-        u_key, eps_key = jax.random.split(key)
-        u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)
-        return Noise(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.h_dim)))
-
-    def sample_trace(self, belief: Belief, noise: Noise) -> Trace:
-        """Resamples: which particles go on, and their noise."""
-        ancestors, resampled = self.resampling.sample(belief.log_weight, noise.u)
-        return Trace(ancestors, noise.eps, resampled)
 
     def advance(self, carry: Carry, inputs: Inputs, trace: Trace) -> Step:
         """Resamples, advances h [B, K, H] and weighs it by the observation."""
@@ -134,12 +112,3 @@ class DPFRL(Agent):
     def summarise(self, belief: Belief) -> Array:
         """Particles and their weights as one vector, by the layer that `model.summary` names."""
         return self.summary.of({"h": belief.h}, belief.log_weight)
-
-    @classmethod
-    def rows_per_env(cls, config) -> int:
-        return config.num_particles
-
-    @classmethod
-    def check(cls, config) -> None:
-        super().check(config)
-        particles.check(config)

@@ -9,8 +9,8 @@ from flax import nnx
 from dvrl_jax import networks, notes
 from dvrl_jax import particle_filter as pf
 from dvrl_jax.agents import particles
-from dvrl_jax.agents.base import Agent, Inputs, PredictionStart, Timestep, UpdateInfo
-from dvrl_jax.agents.particles import Carry, Resampling
+from dvrl_jax.agents.base import Inputs, PredictionStart, Timestep, UpdateInfo
+from dvrl_jax.agents.particles import Carry, ParticleAgent, Resampling, Trace
 from dvrl_jax.errors import ConfigError
 
 Array = jax.Array
@@ -34,23 +34,6 @@ class Belief(NamedTuple):
     @property
     def carry(self) -> Array | Carry:
         return self.h if self.inherited is None else Carry(self.h, self.log_weight)
-
-
-class Noise(NamedTuple):
-    """Randomness of updates: `u` [T, B] or [T, B, K] uniform, for resampling; `eps` [T, B, K, Z] normal, for z."""
-
-    u: Array
-    eps: Array
-
-
-class Trace(NamedTuple):
-    """What a step depends on: ancestors [B, K] int32 (None without resampling), eps [B, K, Z], and where resampling was
-    done [B] (None if everywhere or nowhere).
-    """
-
-    ancestors: Array | None
-    eps: Array
-    resampled: Array | None = None
 
 
 class InputsWithTarget(NamedTuple):
@@ -97,7 +80,7 @@ class Step(NamedTuple):
         return self.h if self.inherited is None else Carry(self.h, self.log_weight)
 
 
-class DVRL(Agent):
+class DVRL(ParticleAgent):
     """Particle-filter belief with learned proposal q(z), prior p(z), emission p(o) and recurrence h."""
 
     name = "dvrl"
@@ -118,6 +101,10 @@ class DVRL(Agent):
         self.add_emission({"phi_z": h, "h": h} | self.action_sizes, config, rngs=rngs)
         self.summary = particles.make_summary(config, {"h": h, "phi_z": h}, rngs=rngs)
 
+    @property
+    def noise_size(self) -> int:
+        return self.z_dim
+
     def initial(self, num_envs: int) -> Belief:
         """K equal particles of zeros for each environment."""
         zeros = lambda *size: jnp.zeros((num_envs, self.num_particles, *size))
@@ -129,17 +116,6 @@ class DVRL(Agent):
         environment, not per particle.
         """
         return Drive(self.proposal_hidden.product(**encoded), self.gru.product(**encoded))
-
-    def draw(self, key: Array, steps: int, num_envs: int) -> Noise:
-        """For each step u, uniform, to resample with, and eps [B, K, Z], normal, to make z of."""
-        u_key, eps_key = jax.random.split(key)
-        u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)
-        return Noise(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.z_dim)))
-
-    def sample_trace(self, belief: Belief, noise: Noise) -> Trace:
-        """Resamples: which particles go on, and the noise of their z. Noise: u, eps [B, K, Z]."""
-        ancestors, resampled = self.resampling.sample(belief.log_weight, noise.u)
-        return Trace(ancestors, noise.eps, resampled)
 
     def add_context(self, seen: Drive, timestep: Timestep) -> Inputs | InputsWithTarget:
         """Where weights cross steps, so that the recurrence scores particles, the inputs hold the observation too."""
@@ -246,13 +222,8 @@ class DVRL(Agent):
         return predictions | self.look_ahead(step, belief.h, times)
 
     @classmethod
-    def rows_per_env(cls, config) -> int:
-        return config.num_particles
-
-    @classmethod
     def check(cls, config) -> None:
         super().check(config)
-        particles.check(config)
         model = config.model
         if model.resampling != "systematic" and not (model.resample and config.loss.encoding_coef):
             raise ConfigError(

@@ -1,9 +1,10 @@
 """What beliefs of weighted particles share: resampling, weights that cross steps, summaries for actor and critic."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from dvrl_jax import networks, notes
 from dvrl_jax import particle_filter as pf
+from dvrl_jax.agents.base import Agent
 from dvrl_jax.errors import ConfigError
 
 Array = jax.Array
@@ -107,6 +109,61 @@ def check(config) -> None:
     for field, value in (("resample_below", m.resample_below), ("soft_alpha", m.soft_alpha)):
         if not 0 <= value <= 1:
             raise ConfigError(f"model.{field} = {value}: must be between 0 and 1")
+
+
+# --- Agents ----------------------------------------------------------------------------------------------------------
+
+
+class Noise(NamedTuple):
+    """Randomness of updates: `u` [T, B] or [T, B, K] uniform, for resampling; `eps` [T, B, K, D] standard normal."""
+
+    u: Array
+    eps: Array
+
+
+class Trace(NamedTuple):
+    """What a step depends on: ancestors [B, K] int32 (None without resampling), eps [B, K, D], and where resampling was
+    done [B] (None if everywhere or nowhere).
+    """
+
+    ancestors: Array | None
+    eps: Array
+    resampled: Array | None = None
+
+
+class ParticleAgent(Agent):
+    """An agent whose belief is K weighted particles with a `log_weight` [B, K].
+
+    Attributes:
+        num_particles: K. resampling: how they are resampled. noise_size: D, of each particle's noise in a step.
+    """
+
+    num_particles: int
+    resampling: Resampling
+
+    @property
+    @abc.abstractmethod
+    def noise_size(self) -> int: ...
+
+    def draw(self, key: Array, steps: int, num_envs: int) -> Noise:
+        """For each step u, uniform, to resample with, and eps [B, K, D], normal."""
+        u_key, eps_key = jax.random.split(key)
+        u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)
+        return Noise(u, jax.random.normal(eps_key, (steps, num_envs, self.num_particles, self.noise_size)))
+
+    def sample_trace(self, belief: Any, noise: Noise) -> Trace:
+        """Resamples: which particles go on, and the noise of each."""
+        ancestors, resampled = self.resampling.sample(belief.log_weight, noise.u)
+        return Trace(ancestors, noise.eps, resampled)
+
+    @classmethod
+    def rows_per_env(cls, config) -> int:
+        return config.num_particles
+
+    @classmethod
+    def check(cls, config) -> None:
+        super().check(config)
+        check(config)
 
 
 # --- Summaries -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ FILTER, DISTINCT = "dvrl_jax/particle_filter.py", "dvrl_jax/fast/distinct.py"
 LINEAGES, WINDOW, A2C = "dvrl_jax/fast/lineages.py", "dvrl_jax/bptt.py", "dvrl_jax/a2c.py"
 ACTING, CHOICES, LOOP = "dvrl_jax/acting.py", "dvrl_jax/choices.py", "dvrl_jax/runs/loop.py"
 NETWORKS, BASE = "dvrl_jax/networks.py", "dvrl_jax/agents/base.py"
-DVRL, RNN = "dvrl_jax/agents/dvrl.py", "dvrl_jax/agents/rnn.py"
+DVRL, RNN, PARTICLES = (f"dvrl_jax/agents/{name}.py" for name in ("dvrl", "rnn", "particles"))
 PLAYING, GAMES = "dvrl_jax/viewing/playing.py", "dvrl_jax/viewing/evaluation.py"
 # The tests that guard a file, the quickest first.
 TESTS = {
@@ -66,6 +66,7 @@ TESTS = {
     NETWORKS: ["tests/test_networks.py", "tests/test_agents.py"],
     BASE: ["tests/test_agents.py"],
     DVRL: ["tests/test_update.py", "tests/test_agents.py"],
+    PARTICLES: ["tests/test_update.py", "tests/test_agents.py"],
     RNN: ["tests/test_agents.py"],
     PLAYING: ["tests/test_playing.py"],
     GAMES: ["tests/test_playing.py", "tests/test_api.py::test_a_run_is_read_with_its_particles"],
@@ -300,13 +301,15 @@ PAIRS: dict[str, list[tuple[str, ...]]] = {
         ("config.max_skipped_updates - skipped)", "10**6)"),
         (">= config.max_skipped_updates", ">= 10**6"),
     ],
-    DVRL: [
+    PARTICLES: [
         (
             "u = self.resampling.draw(u_key, steps, num_envs, self.num_particles)",
             "u = jnp.full((steps, num_envs), 0.5)",
         ),
         ("jax.random.normal(eps_key", "jax.random.uniform(eps_key"),
         ("u_key, eps_key = jax.random.split(key)", "u_key = eps_key = key"),
+    ],
+    DVRL: [
         ("log_probs.proposal - log_probs.prior)", "log_probs.prior - log_probs.proposal)"),
         ("-log_probs.emission)\n", "log_probs.emission)\n"),
         ("-jax.nn.logsumexp(-loss, -1)", "jax.nn.logsumexp(loss, -1)"),
