@@ -33,7 +33,7 @@ def prepare(fields: Mapping[str, Any]) -> None:
     """Settles the threads of a process that trains; to be called before JAX's first computation.
 
     The smallest models, of one row per environment on vectors, get one thread, unless a GPU trains them: there threads
-    only compile.
+    only compile. So do several seeds of any model on vectors: each core trains seeds of its own, with nothing to share.
 
     `fields` are those of the configuration by dotted name, not checked as yet: a check may make an environment, and so
     compute.
@@ -42,7 +42,7 @@ def prepare(fields: Mapping[str, Any]) -> None:
     if may_use_gpu():
         return
     of_vectors = len(fields["model.channels"]) == 2  # Of images it has three.
-    if of_vectors and not _has_particles(fields):
+    if of_vectors and (fields["num_seeds"] > 1 or not _has_particles(fields)):
         spare_threads()
         divide_processor(min(fields["num_seeds"], len(os.sched_getaffinity(0))))
     if fields["num_devices"] > 1:
