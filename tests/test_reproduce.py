@@ -12,7 +12,7 @@ import pytest
 
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import config as config_lib
-from dvrl_jax.runs import experiments, run_directory
+from dvrl_jax.runs import experiments, outcomes, run_directory
 from dvrl_jax.viewing import plotting
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,8 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         config = experiments.load_config(experiment)
         seen.add(str(config))
         for field, value in experiment.fields.items():
-            assert dict(experiments.config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 14 + 6
+            assert dict(config_lib.flatten(config))[field] == value
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 14 + 6 + 40 + 5
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
@@ -47,7 +47,7 @@ def test_published_results_are_of_these_experiments():
 @pytest.mark.parametrize(
     ("patterns", "count"),
     [
-        ([], 69),
+        ([], 114),
         (["hike"], 6),
         (["hike-scaled"], 6),
         (["hike-small-step"], 6),
@@ -60,6 +60,9 @@ def test_published_results_are_of_these_experiments():
         (["hike-ablation/joint/0.15"], 2),
         (["hike-search/dvrl/learning-rate"], 3),
         (["hike-search/*/reward-scale"], 6),
+        (["beliefs"], 40),
+        (["beliefs/hike-0.3"], 8),
+        (["choices/*"], 5),
     ],
 )
 def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):
@@ -86,7 +89,7 @@ def write_finished_run(root, name, value):
 
 def write_run(root, experiment, seed, env_steps, total_env_steps, value):
     """A run that has got so far of what it is to be."""
-    run = run_directory.RunDirectory(experiments.workdir(root, experiment, seed))
+    run = run_directory.RunDirectory(outcomes.workdir(root, experiment, seed))
     config = experiments.load_config(experiment).copy_and_resolve_references()
     config.seed, config.total_env_steps = seed, total_env_steps
     run.write_config(config_lib.to_json(config))
@@ -111,7 +114,7 @@ def test_the_table_keeps_what_was_run_before(tmp_path):
 
 
 def results(root, experiment, steps):
-    return experiments.results_of(experiment, experiments.finished(root, experiment, steps), steps)
+    return outcomes.results_of(experiment, outcomes.finished(root, experiment, steps), steps)
 
 
 def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
@@ -121,10 +124,10 @@ def test_results_are_of_what_was_trained_whatever_is_asked_for_now(tmp_path):
         [(160, 160, -1.0), (160, 160, -3.0), (80, 80, -5.0), (90, 160, -7.0)]
     ):
         write_run(tmp_path, experiment, seed, length, wanted, value)
-    file = experiments.workdir(tmp_path, experiment, 1) / "metrics.jsonl"
+    file = outcomes.workdir(tmp_path, experiment, 1) / "metrics.jsonl"
     file.with_name("metrics.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
     file.unlink()
-    assert experiments.is_done(file.parent, 160)
+    assert outcomes.is_done(file.parent, 160)
     short, whole = (experiment.name, 80, 1, -5.0, None), (experiment.name, 160, 2, -2.0, 1.0)
     assert results(tmp_path, experiment, experiments.load_config(experiment).total_env_steps) == [short, whole]
     assert results(tmp_path, experiment, 85) == [short, (experiment.name, 85, 1, -7.0, None), whole]
@@ -135,7 +138,7 @@ def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
     experiment = experiments.EXPERIMENTS["hike/0.3/dvrl"]
     for seed in (0, 1):
         write_run(tmp_path, experiment, seed, 160, 160, -1.0)
-    path = experiments.workdir(tmp_path, experiment, 1)
+    path = outcomes.workdir(tmp_path, experiment, 1)
     fields = json.loads((path / "config.json").read_text())
     for younger in ("model.detach_encoder", "env.first_core", "max_skipped_updates"):
         fields.pop(younger, None)
@@ -143,9 +146,9 @@ def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
     for seed, speed in ((0, 100.0), (1, 300.0)):
         lines = [{"update": i, "env_steps": 80 * i, "obs.fps": speed, "result.true": -1.0} for i in (1, 2)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (experiments.workdir(tmp_path, experiment, seed) / "metrics.jsonl").write_text(text)
-    assert experiments.Speeds(tmp_path).get(experiment) == (200.0, "runs")
-    defaults = experiments.fields_of(experiment)
+        (outcomes.workdir(tmp_path, experiment, seed) / "metrics.jsonl").write_text(text)
+    assert outcomes.Speeds(tmp_path).get(experiment) == (200.0, "runs")
+    defaults = outcomes.fields_of(experiment)
     loaded = [plotting.load_run(path.with_name(f"seed{seed}"), defaults) for seed in (0, 1)]
     assert len(plotting.group_runs(loaded)) == 1
 
@@ -153,7 +156,7 @@ def test_runs_that_are_older_than_a_field_are_of_the_same_experiment(tmp_path):
 def test_what_was_measured_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / "speeds.json").mkdir()
     with pytest.raises(RunError, match=r"speeds\.json: cannot be read"):
-        experiments.Speeds(tmp_path)
+        outcomes.Speeds(tmp_path)
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):
@@ -196,21 +199,21 @@ def test_runs_are_done_once_go_on_and_are_summed_up(tmp_path):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
-    broken = experiments.workdir(tmp_path, experiments.EXPERIMENTS["hike/0.3/rnn"], 0)
+    broken = outcomes.workdir(tmp_path, experiments.EXPERIMENTS["hike/0.3/rnn"], 0)
     (broken / "checkpoints").mkdir(parents=True)
     (broken / "checkpoints" / "10").write_text("checkpoints without a configuration")
     command = [sys.executable, "reproduce.py", f"--root={tmp_path}", "--only=hike/0.3/rnn", "--seeds=2", "--steps=160"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 1 and result.stderr.endswith(f"failed: {broken}\n"), result.stderr
     assert f"{broken}: failed with exit code 2" in result.stderr
-    assert experiments.is_done(broken.with_name("seed1"), 160)
+    assert outcomes.is_done(broken.with_name("seed1"), 160)
     assert "| hike/0.3/rnn | 160 |" in (tmp_path / "results.md").read_text()
 
 
 def test_a_run_of_other_settings_is_refused_and_does_not_count(tmp_path):
     name = "hike-ablation/resampling/off"
     write_finished_run(tmp_path, name, -5.0)
-    file = experiments.workdir(tmp_path, experiments.EXPERIMENTS[name], 0) / "config.json"
+    file = outcomes.workdir(tmp_path, experiments.EXPERIMENTS[name], 0) / "config.json"
     assert results(tmp_path, experiments.EXPERIMENTS[name], 160)[0].seeds == 1
     file.write_text(json.dumps(json.loads(file.read_text()) | {"loss.reward_scale": 1.0}))
     command = [sys.executable, "reproduce.py", f"--root={tmp_path}", f"--only={name}", "--seeds=1", "--steps=160"]

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs import command_line, experiments, launchers, run_directory
+from dvrl_jax.runs import command_line, experiments, launchers, outcomes, run_directory
 from dvrl_jax.runs import process as process_lib
 from dvrl_jax.runs.experiments import Experiment
 
@@ -48,7 +48,7 @@ def steps_of(experiment: Experiment) -> int:
 
 def steps_so_far(root: Path, experiment: Experiment) -> list[int]:
     """Environment steps of each seed's run."""
-    lines = (experiments.last_line(experiments.workdir(root, experiment, seed)) for seed in range(SEEDS.value))
+    lines = (outcomes.last_line(outcomes.workdir(root, experiment, seed)) for seed in range(SEEDS.value))
     return [line["env_steps"] if line else 0 for line in lines]
 
 
@@ -85,7 +85,7 @@ def _short_run(experiment: Experiment, interval: int, steps: int) -> list[dict[s
 
 def show(chosen: list[Experiment], root: Path) -> None:
     """Prints the experiments, how far they are, and the hours that the rest would take."""
-    speeds, total, unknown = experiments.Speeds(root), 0.0, 0
+    speeds, total, unknown = outcomes.Speeds(root), 0.0, 0
     for experiment in chosen if MEASURE.value else ():  # First all of it, so that the table stays in one piece.
         if speeds.get(experiment)[0] is None:
             speeds.add(experiment, measure(experiment))
@@ -133,13 +133,13 @@ def run_one(experiment: Experiment, root: Path, lock: int) -> list[str]:
     """
     steps, todo, failed = steps_of(experiment), [], []
     for seed in range(SEEDS.value):
-        path = experiments.workdir(root, experiment, seed)
-        experiments.check_run(path, experiment)
-        if experiments.is_done(path, steps):
+        path = outcomes.workdir(root, experiment, seed)
+        outcomes.check_run(path, experiment)
+        if outcomes.is_done(path, steps):
             print(f"{path}: done already", flush=True)
         else:
             todo.append((path, [f"--config.seed={seed}"]))
-    if experiments.in_one_program(root, experiment, SEEDS.value) and todo:
+    if outcomes.in_one_program(root, experiment, SEEDS.value) and todo:
         todo = [(root / experiment.name, ["--config.seed=0", f"--config.num_seeds={SEEDS.value}"])]
     for path, settings in todo:
         print(f"{path}: training", flush=True)
@@ -165,7 +165,7 @@ def launch(chosen: list[Experiment], root: Path, launcher: str) -> tuple[list[st
     for experiment in chosen:
         folder, path = jobs_of(root, experiment), root / experiment.name
         for seed in range(SEEDS.value):
-            experiments.check_run(experiments.workdir(root, experiment, seed), experiment)
+            outcomes.check_run(outcomes.workdir(root, experiment, seed), experiment)
         if min(steps_so_far(root, experiment)) >= steps_of(experiment):
             print(f"{path}: done already", flush=True)
         elif states[folder].word in launchers.TO_COME:
@@ -200,9 +200,9 @@ def report(chosen: list[Experiment], root: Path) -> None:
     from dvrl_jax.viewing import plotting
 
     tried = [x for x in experiments.EXPERIMENTS.values() if x in chosen or (root / x.name).exists()]
-    ends = {one.name: experiments.finished(root, one, steps_of(one)) for one in tried}
-    results = [row for one in tried for row in experiments.results_of(one, ends[one.name], steps_of(one))]
-    text = experiments.table(results)
+    ends = {one.name: outcomes.finished(root, one, steps_of(one)) for one in tried}
+    results = [row for one in tried for row in outcomes.results_of(one, ends[one.name], steps_of(one))]
+    text = outcomes.table(results)
     print(f"\nresult.true (mean over the last 100 games) at the end, over the seeds that got there:\n\n{text}")
     with run_directory.writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def report(chosen: list[Experiment], root: Path) -> None:
     longest = {}
     for one in chosen:
         if found := ends[one.name]:
-            fields = experiments.fields_of(one)
+            fields = outcomes.fields_of(one)
             longest[one.name] = [plotting.load_run(run.path, fields) for run in found[max(found)]]
     for comparison, members in experiments.COMPARISONS.items():
         loaded = [run for name in members for run in longest.get(name, [])]
