@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from dvrl_jax.errors import RunError
 SAVED_RUNS = Path("saved_runs")
 
 PROBE = "probe"  # Directory below a run's checkpoints in which saving is tried.
+DISCARD_TRIES = 10  # Twentieths of a second.
 
 # What is measured of a run, besides metrics.jsonl, by training and by the programs that read it.
 MEASURED = ("reconstructions", "tensorboard", "wandb", "wandb_id", "evaluation-*.json", "probe-*.json", "causes-*.json")
@@ -102,12 +104,16 @@ class RunDirectory:
         """Removes what this process has made here if nothing was saved yet. Returns what to tell the user about it."""
         if has_config(self.path):
             return f"before the first update: the run in {self.path} is as it was"
-        with contextlib.suppress(OSError):
-            (self.path / ".lock").unlink(missing_ok=True)
-            shutil.rmtree(self.path / "checkpoints" / PROBE, ignore_errors=True)
-            for place in (self.path / "checkpoints", *self._made):
-                if place.exists():
-                    place.rmdir()  # Not if somebody has put something there.
+        for _ in range(DISCARD_TRIES):  # Another thread may still be writing the probe.
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+                for probe in (self.path / "checkpoints").glob(f"{PROBE}*"):  # With those that are not complete.
+                    shutil.rmtree(probe, ignore_errors=True)
+                for place in (self.path / "checkpoints", *self._made):
+                    if place.exists():
+                        place.rmdir()  # Not if somebody has put something there.
+                break
+            time.sleep(0.05)
         removed = "" if self.path.exists() else f", and {self.path} was removed"
         return f"before the first update: nothing was saved{removed}"
 

@@ -73,6 +73,20 @@ def test_a_signal_while_starting_leaves_nothing(training_in, tmp_path, sign, num
     assert errors == said and not (tmp_path / "new").exists()
 
 
+def test_a_probe_that_is_still_being_written_goes_too(tmp_path, monkeypatch):
+    run = run_directory.RunDirectory(tmp_path / "run")
+    probe = tmp_path / "run" / "checkpoints" / f"{run_directory.PROBE}.orbax-checkpoint-tmp"
+    probe.mkdir(parents=True)
+    remove = shutil.rmtree
+
+    def remove_late(path, ignore_errors):
+        monkeypatch.setattr(shutil, "rmtree", remove)  # The first time another thread has put something back.
+
+    monkeypatch.setattr(shutil, "rmtree", remove_late)
+    assert run.discard().endswith("run was removed") and not (tmp_path / "run").exists()
+    run.close()
+
+
 def test_what_others_have_put_into_a_new_run_stays(tmp_path):
     run = run_directory.RunDirectory(tmp_path / "run")
     (tmp_path / "run" / "notes.txt").touch()
