@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jaxlib
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax import memory
@@ -25,6 +26,9 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
+# Values of JAX's settings under which no program of this package runs, by the beginning of each.
+REFUSED = {"numpy_dtype_promotion": "strict", "numpy_rank_promotion": "raise"}
+REFUSED |= {f"transfer_guard{of}": "disallow" for of in ("", "_host_to_device", "_device_to_device", "_device_to_host")}
 
 
 def jit(run: Callable, config, use_cache: bool = True, shardings: Any = None) -> jax.stages.Wrapped:
@@ -71,11 +75,29 @@ def check_settings() -> None:
 
 
 def check_device() -> None:
-    """Raises RunError if JAX has no device of the kind that it is told to use; it initialises JAX's back end."""
+    """Makes sure that JAX has a device, and no setting under which nothing here runs; it initialises JAX's back end.
+
+    Raises:
+        RunError: it has no device of the kind that it is told to use, or such a setting, or a cache in no file system.
+    """
+    for name, value in REFUSED.items():
+        if str(given := getattr(jax.config, f"jax_{name}")).startswith(value):
+            raise RunError(f"JAX_{name.upper()}={given}: must be unset, or no program here would run")
+    cache = jax.config.jax_compilation_cache_dir
+    if cache and "://" in cache:
+        try:
+            epath.Path(cache).exists()
+        except Exception as error:  # Of whatever library reaches such file systems.
+            raise RunError(f"JAX_COMPILATION_CACHE_DIR={cache}: cannot be used ({error})") from None
     try:
         jax.devices()
-    except (RuntimeError, AssertionError):  # The latter where JAX was installed without support of that device.
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # The latter where JAX was installed without support of that device.
         wanted = jax.config.jax_platforms
+        if wanted is None:
+            raise RunError(f"JAX has no device here ({error})") from None
         raise RunError(f"JAX_PLATFORMS={wanted}: JAX has no such device here; unset it, or set it to cpu") from None
 
 
