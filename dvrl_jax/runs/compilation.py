@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax import memory
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs.config import has_particles, sees_images
+from dvrl_jax.runs.config import flatten, has_particles, sees_images
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
@@ -54,7 +54,7 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     if jax.default_backend() == "gpu":
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
-    elif jax.default_backend() == "cpu" and config and has_particles(config) != sees_images(config):
+    elif jax.default_backend() == "cpu" and config and has_particles(flatten(config)) != sees_images(config):
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,11 +243,13 @@ def sees_images(config: ConfigDict) -> bool:
     return envs.observation_of(config.env).is_image
 
 
-def has_particles(config: ConfigDict) -> bool:
-    """Whether beliefs have several rows per environment."""
+def has_particles(fields: Mapping[str, Any]) -> bool:
+    """Whether beliefs have several rows per environment; `fields` by dotted name, and True of an unknown algorithm."""
     from dvrl_jax import agents
 
-    return agents.named()[config.algorithm].rows_per_env(config.model) > 1
+    model = {name.removeprefix("model."): value for name, value in fields.items() if name.startswith("model.")}
+    kind = agents.named().get(fields["algorithm"])
+    return kind is None or kind.rows_per_env(SimpleNamespace(**model)) > 1
 
 
 def from_fields(fields: Mapping[str, Any]) -> ConfigDict:
