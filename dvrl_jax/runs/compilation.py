@@ -91,10 +91,7 @@ def check_device() -> None:
             raise RunError(f"JAX_COMPILATION_CACHE_DIR={cache}: cannot be used ({error})") from None
     try:
         jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # The latter where JAX was installed without support of that device.
+    except (RuntimeError, AssertionError) as error:  # The latter where JAX was installed without that device.
         wanted = jax.config.jax_platforms
         if wanted is None:
             raise RunError(f"JAX has no device here ({error})") from None
