@@ -1,13 +1,18 @@
 """Environments and beliefs by name: a module in the right place is found without being listed anywhere."""
 
 import ast
+import functools
 import importlib
+import importlib.util
+import os
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dvrl_jax.errors import DiscoveryError
+
+ASSETS = "ENVPOOL_ASSETS_PATH"  # The environment variable that tells EnvPool where its files are.
 
 
 def named(base: type, package: str) -> dict[str, type]:
@@ -57,6 +62,22 @@ def declared(folder: Path, attribute: str) -> list[Any] | None:
         except (OSError, SyntaxError, ValueError):
             return None
     return found
+
+
+@functools.cache
+def atari_games() -> list[str]:
+    """Names of all Atari games that EnvPool can emulate, without their `-v5`, sorted: of its files, not imported.
+
+    Raises:
+        DiscoveryError: the user has said where its files are, and there are none.
+    """
+    specs = [importlib.util.find_spec(package) for package in ("envpool", "envpool_assets")]
+    roots = [root for spec in specs if spec for root in spec.submodule_search_locations or ()]
+    roots = [given] if (given := os.environ.get(ASSETS)) else roots
+    files = next(filter(None, (sorted(Path(root, "atari", "roms").glob("*.bin")) for root in roots)), [])
+    if given and not files:
+        raise DiscoveryError(f"{ASSETS}={given}: has no games in atari/roms; unset it to have EnvPool's own")
+    return sorted("".join(part.capitalize() for part in file.stem.split("_")) for file in files)
 
 
 def _check_settings(kind: type) -> None:

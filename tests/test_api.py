@@ -177,7 +177,7 @@ def test_the_notebook_runs(monkeypatch):
     notebook = nbformat.read(ROOT / "examples" / "mountain_hike.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert any("mean distance to the true position" in output.get("text", "") for output in outputs)
 
 
@@ -186,8 +186,8 @@ def test_the_stored_notebook_shows_its_figures_and_nothing_of_where_it_ran():
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    assert path.stat().st_size < 300_000
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert path.stat().st_size < 400_000
     for output in outputs:
         text = json.dumps({"text": output.get("text"), "plain": output.get("data", {}).get("text/plain")})
         assert output["output_type"] != "error" and output.get("name") != "stderr"

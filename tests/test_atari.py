@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from configs import atari_dvrl, atari_rnn, default
-from dvrl_jax import a2c, acting
+from dvrl_jax import a2c, acting, discovery
 from dvrl_jax.envs import ActionSpec, Batched, EnvState, Flicker, MountainHike, atari, make_env
 from dvrl_jax.envs.atari import Atari, make_pool
+from dvrl_jax.errors import DiscoveryError
 from dvrl_jax.learner import Learner, make_learner
 from dvrl_jax.statistics import RESULT_WINDOW, EpisodeStatistics
 from dvrl_jax.train_state import TrainState
@@ -654,3 +655,14 @@ def test_actions_are_the_games_minimal_set(game, num_actions):
     env = Atari(game, 1, SEED)
     assert env.action == ActionSpec(True, num_actions)
     assert env.observation.shape == (84, 84, 1) and env.observation.is_image
+
+
+def test_the_games_are_those_that_envpool_registers(tmp_path, monkeypatch):
+    from envpool import list_all_envs
+    from envpool.atari.registration import atari_game_list
+
+    games = discovery.atari_games()
+    assert len(games) == len(atari_game_list) and {f"{game}-v5" for game in games} <= {*list_all_envs()}
+    monkeypatch.setenv("ENVPOOL_ASSETS_PATH", str(tmp_path))
+    with pytest.raises(DiscoveryError, match=r"^ENVPOOL_ASSETS_PATH=.*: has no games in atari/roms"):
+        discovery.atari_games.__wrapped__()

@@ -138,8 +138,29 @@ def test_without_a_device_or_compilation_nothing_begins(monkeypatch):
     with jax.disable_jit(), pytest.raises(RunError, match=r"^JAX_DISABLE_JIT: must be off \(0, or unset\), since"):
         compilation.check_settings()
     monkeypatch.setattr(jax, "devices", no_device)
-    with pytest.raises(RunError, match=r"^JAX_PLATFORMS=.*: JAX has no such device here; unset it, or set it to cpu"):
+    with pytest.raises(
+        RunError, match=r"^(JAX_PLATFORMS=.*: JAX has no such device here; unset|JAX has no device here)"
+    ):
         compilation.check_device()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("numpy_dtype_promotion", "strict", "must be unset, or no program here would run"),
+        ("numpy_rank_promotion", "raise", "must be unset, or no program here would run"),
+        ("transfer_guard_host_to_device", "disallow_explicit", "must be unset, or no program here would run"),
+        ("compilation_cache_dir", "abc://x", "cannot be used"),
+    ],
+)
+def test_settings_of_jax_under_which_nothing_runs_are_named(setting, value, message):
+    before = getattr(jax.config, f"jax_{setting}")
+    jax.config.update(f"jax_{setting}", value)
+    try:
+        with pytest.raises(RunError, match=rf"^JAX_{setting.upper()}={value}: {message}"):
+            compilation.check_device()
+    finally:
+        jax.config.update(f"jax_{setting}", before)
 
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):

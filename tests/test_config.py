@@ -1,6 +1,7 @@
 """Configurations: every file is valid, and each mistake is one sentence that names the field."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,26 @@ def test_flags_are_checked_before_anything_large_is_imported(program):
     imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
     assert "  --" in result.stdout
     assert "absl" in imported and not imported & {"jax", "flax", "envpool", "orbax", "matplotlib"}
+
+
+def test_a_misspelt_game_is_named_before_anything_large_is_imported():
+    command = [sys.executable, "-X", "importtime", "train.py", "--config=pong_rnn", "--config.env.name=Pomg"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert result.returncode == 2 and result.stderr.endswith("Atari game that EnvPool has; did you mean Pong?\n")
+    assert "absl" in imported and not imported & {"jax", "flax", "envpool", "orbax", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "package"),
+    [("TQDM_MININTERVAL", "x", "tqdm"), ("JAX_TRANSFER_GUARD", "abc", "jax"), ("MPLBACKEND", "abc", "matplotlib")],
+)
+def test_an_environment_variable_that_a_dependency_cannot_read_is_named(name, value, package):
+    program = f"from dvrl_jax.runs import command_line\n\ndef main():\n    import {package}\n\ncommand_line.run(main)"
+    command, variables = [sys.executable, "-c", program], os.environ | {name: value}
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {name}={value}: cannot be used, and must be")
+    assert result.stderr.count("\n") == 1
 
 
 def test_fields_are_known_without_importing_environments_and_belief_models():

@@ -272,7 +272,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(tmp_path):
     saved = {update: result for update, result in results.items() if update % 20 == 0 and result is not None}
     best = max(saved, key=lambda update: (saved[update], update))  # Where no game ended in between, the newest.
     kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {200, best}
+    assert kept == {200, best} and evaluation.newest_checkpoint(tmp_path) == 200
     summary = evaluation.evaluate(tmp_path, 7, greedy=False, checkpoint="best", seed=3)
     assert summary["update"] == best and summary["episodes"] == 7
     assert summary["lengths"] == [75] * 7

@@ -1,5 +1,6 @@
 """What a user sees while waiting: what for, how long already, and no estimate made of warm-up."""
 
+import functools
 import io
 import re
 import time
@@ -58,3 +59,14 @@ def test_on_a_terminal_too():
     progress.close()
     rates = [float(rate) for rate in re.findall(r"([\d.]+)step/s", terminal.getvalue())]
     assert rates and 45 < rates[-1] < 120
+
+
+def test_a_bar_that_the_user_has_switched_off_leaves_lines(monkeypatch):
+    """TQDM_DISABLE=1, which tqdm reads when it is imported."""
+    monkeypatch.setattr(reporting, "tqdm", functools.partial(reporting.tqdm, disable=True))
+    terminal = Terminal()
+    progress = reporting.Progress(1000, 0, terminal)
+    progress.say("begins")
+    progress.advance(100, -1.0, 2.0, is_line=True)
+    progress.close()
+    assert terminal.getvalue() == "begins\n100 steps (10.0%), return -1.00, loss 2\n"

@@ -166,7 +166,7 @@ class Agent(nnx.Module, abc.ABC):
 
     @property
     def use_running_average(self) -> bool:
-        """Whether batch norm uses its running averages, for evaluation with few environments."""
+        """Whether batch norm, where there is any, uses its running averages: for evaluation with few environments."""
         return all(norm.use_running_average for norm in self._batch_norms())
 
     @use_running_average.setter

@@ -43,7 +43,10 @@ def _evaluate(path: Path) -> float:
 
     result = evaluation.evaluate(path, EPISODES.value, GREEDY.value, CHECKPOINT.value, SEED.value)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.2f}"
-    print(f"{path}: checkpoint of update {result['update']:,}, {result['episodes']} games")
+    newest = evaluation.newest_checkpoint(path)
+    is_older = CHECKPOINT.value == "best" and result["update"] < newest
+    why = f" (highest result.true; --checkpoint=latest is of update {newest:,})" if is_older else ""
+    print(f"{path}: checkpoint of update {result['update']:,}{why}, {result['episodes']} games")
     print(f"return {result['mean']:.2f}{error} (mean and standard error)")
     print(f"median {result['median']:.2f}, from {result['min']:.2f} to {result['max']:.2f}")
     print(f"{result['mean_length']:.0f} steps per game")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from dvrl_jax import discovery
-from dvrl_jax.envs.atari import Atari, game_names
+from dvrl_jax.envs.atari import Atari
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
 from dvrl_jax.envs.divided import Divided
@@ -23,7 +23,7 @@ def named() -> dict[str, type[Environment] | type[BatchedEnvironment]]:
     """
     found = discovery.named(Task, __name__)
     for name, kind in found.items():
-        if kind is not MountainHike and name in game_names():
+        if kind is not MountainHike and name in discovery.atari_games():
             raise DiscoveryError(f"{kind.__module__}: calls a class {name!r}, which is an Atari game")
     return found
 
@@ -34,7 +34,7 @@ def find(name: str) -> type[Environment] | type[BatchedEnvironment] | None:
     """
     if is_gymnax(name):
         return Gymnax
-    return named().get(name) or (Atari if name in game_names() else None)
+    return named().get(name) or (Atari if name in discovery.atari_games() else None)
 
 
 def as_batch(env: Environment | BatchedEnvironment, num_envs: int) -> BatchedEnvironment:

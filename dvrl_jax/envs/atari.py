@@ -28,14 +28,6 @@ BYTES_PER_GAME = 1_000_000  # What an emulator takes, measured with 128 of them.
 MAX_FRAMES = 108_000  # Of the emulator, half an hour: a longer game is cut off, as is usual for Atari.
 
 
-@functools.cache
-def game_names() -> list[str]:
-    """Names of all Atari games that EnvPool can emulate, without their `-v5`, sorted."""
-    import envpool.atari.registration as registration
-
-    return sorted({"".join(part.capitalize() for part in name.split("_")) for name in registration.atari_game_list})
-
-
 def make_pool(game: str, num_envs: int, seed: int, frame_skip: int, first_core: int = -1):
     """Returns EnvPool's own pool of games with the original's wrappers; `seed` fixes every emulator's randomness.
 

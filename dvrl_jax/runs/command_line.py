@@ -27,6 +27,8 @@ CONFIG = ("--config", "-config")  # The flag, in both spellings that absl knows.
 
 CONFIG_IS = tuple(f"{flag}=" for flag in CONFIG)
 
+DEPENDENCIES = ("ENVPOOL_", "FLAX_", "JAX_", "MPL", "TQDM_")  # How the environment variables of dependencies begin.
+
 FLAGS = flags.FLAGS
 
 _argv: list[str] = []  # The command line that ml_collections reads: `sys.argv` as `run` has rewritten it.
@@ -94,7 +96,11 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except (ConfigError, DiscoveryError, RunError) as error:
             _fail(error)
-        except RuntimeError as error:
+        except Exception as error:
+            if said := _misread_variable(error):
+                _fail(RunError(said))
+            if not isinstance(error, RuntimeError):
+                raise
             from dvrl_jax.runs import compilation
 
             if (lacking := compilation.lack_of_memory(error)) is None:
@@ -124,6 +130,18 @@ def _leave(signum: int, frame) -> None:
     del frame
     os.write(2, b"stopped by SIGINT\n")
     os._exit(128 + signum)
+
+
+def _misread_variable(error: Exception) -> str | None:
+    """A sentence about an environment variable that a dependency could not read on import; None if it was not that."""
+    if all(frame.name != "<module>" for frame in traceback.extract_tb(error.__traceback__)):
+        return None
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for name, value in os.environ.items():
+        is_in = name in said or any(text in said for text in (f"'{value}'", f'"{value}"', f"'{value}/"))
+        if name.startswith(DEPENDENCIES) and is_in:
+            return f"{name}={value}: cannot be used, and must be changed or unset ({said})"
+    return None
 
 
 def _fail(error: Exception):

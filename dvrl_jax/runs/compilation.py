@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jaxlib
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from dvrl_jax import memory
 from dvrl_jax.errors import RunError
-from dvrl_jax.runs.config import has_particles, sees_images
+from dvrl_jax.runs.config import flatten, has_particles, sees_images
 
 # XLA's CPU back end gives products and sums to YNNPACK, whose products gain little from a second thread. With this
 # option it gets the sums alone, and products go to Eigen (`docs/performance.md`).
@@ -25,6 +26,9 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
+# Values of JAX's settings under which no program of this package runs, by the beginning of each.
+REFUSED = {"numpy_dtype_promotion": "strict", "numpy_rank_promotion": "raise"}
+REFUSED |= {f"transfer_guard{of}": "disallow" for of in ("", "_host_to_device", "_device_to_device", "_device_to_host")}
 
 
 def jit(run: Callable, config, use_cache: bool = True, shardings: Any = None) -> jax.stages.Wrapped:
@@ -50,7 +54,7 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     if jax.default_backend() == "gpu":
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
-    elif jax.default_backend() == "cpu" and config and has_particles(config) != sees_images(config):
+    elif jax.default_backend() == "cpu" and config and has_particles(flatten(config)) != sees_images(config):
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in wanted.items() if option not in given and _is_known(option, value)}
@@ -71,11 +75,26 @@ def check_settings() -> None:
 
 
 def check_device() -> None:
-    """Raises RunError if JAX has no device of the kind that it is told to use; it initialises JAX's back end."""
+    """Makes sure that JAX has a device, and no setting under which nothing here runs; it initialises JAX's back end.
+
+    Raises:
+        RunError: it has no device of the kind that it is told to use, or such a setting, or a cache in no file system.
+    """
+    for name, value in REFUSED.items():
+        if str(given := getattr(jax.config, f"jax_{name}")).startswith(value):
+            raise RunError(f"JAX_{name.upper()}={given}: must be unset, or no program here would run")
+    cache = jax.config.jax_compilation_cache_dir
+    if cache and "://" in cache:
+        try:
+            epath.Path(cache).exists()
+        except Exception as error:  # Of whatever library reaches such file systems.
+            raise RunError(f"JAX_COMPILATION_CACHE_DIR={cache}: cannot be used ({error})") from None
     try:
         jax.devices()
-    except (RuntimeError, AssertionError):  # The latter where JAX was installed without support of that device.
+    except (RuntimeError, AssertionError) as error:  # The latter where JAX was installed without that device.
         wanted = jax.config.jax_platforms
+        if wanted is None:
+            raise RunError(f"JAX has no device here ({error})") from None
         raise RunError(f"JAX_PLATFORMS={wanted}: JAX has no such device here; unset it, or set it to cpu") from None
 
 

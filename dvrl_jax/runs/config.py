@@ -9,8 +9,10 @@ import decimal
 import difflib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,9 @@ def check_early(values: Mapping[str, Any]) -> None:
     if names is not None and config.algorithm not in names:
         algorithms = sorted(name for name in names if name)
         _requirement(flatten(config))("algorithm", False, f"one of {', '.join(algorithms)}")
+    names = discovery.declared(_PACKAGE / "envs", "name")
+    if names is not None and "dvrl_jax.envs" not in sys.modules:  # Else the file may have an environment of its own.
+        _check_env_name(config, {*names} - {None, ""})
 
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -238,11 +243,13 @@ def sees_images(config: ConfigDict) -> bool:
     return envs.observation_of(config.env).is_image
 
 
-def has_particles(config: ConfigDict) -> bool:
-    """Whether beliefs have several rows per environment."""
+def has_particles(fields: Mapping[str, Any]) -> bool:
+    """Whether beliefs have several rows per environment; `fields` by dotted name, and True of an unknown algorithm."""
     from dvrl_jax import agents
 
-    return agents.named()[config.algorithm].rows_per_env(config.model) > 1
+    model = {name.removeprefix("model."): value for name, value in fields.items() if name.startswith("model.")}
+    kind = agents.named().get(fields["algorithm"])
+    return kind is None or kind.rows_per_env(SimpleNamespace(**model)) > 1
 
 
 def from_fields(fields: Mapping[str, Any]) -> ConfigDict:
@@ -372,6 +379,13 @@ def _check_values(c: ConfigDict) -> None:
         require("num_envs", c.num_envs >= 2, "at least 2 with batch normalisation")
 
 
+def _check_env_name(c: ConfigDict, own: Iterable[str]) -> None:
+    """That there is such an environment, the package having its `own`."""
+    known = [*sorted(own), *discovery.atari_games()]
+    rule = f"{', '.join(sorted(own))}, gymnax/<id> or an Atari game that EnvPool has{suggestion(c.env.name, known)}"
+    _requirement(flatten(c))("env.name", c.env.name in known or c.env.name.startswith("gymnax/"), rule)
+
+
 def _check_kinds(c: ConfigDict) -> None:
     """That there are such an environment and belief model, what they ask for, and networks for what is seen."""
     from dvrl_jax import agents, envs, networks
@@ -380,10 +394,8 @@ def _check_kinds(c: ConfigDict) -> None:
     algorithms = sorted(agents.named())
     require("algorithm", c.algorithm in algorithms, f"one of {', '.join(algorithms)}")
     agents.named()[c.algorithm].check(c)
-    kind, own = envs.find(c.env.name), sorted(envs.named())
-    close = "" if kind else suggestion(c.env.name, [*own, *envs.atari.game_names()])
-    require("env.name", kind is not None, f"{', '.join(own)}, gymnax/<id> or an Atari game that EnvPool has{close}")
-    kind.check(c)
+    _check_env_name(c, envs.named())
+    envs.find(c.env.name).check(c)
     try:
         shape = envs.observation_of(c.env).shape
     except ConfigError:

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dvrl_jax.runs.config import default_config, flatten, has_particles, sees_images
@@ -42,19 +41,11 @@ def prepare(fields: Mapping[str, Any]) -> None:
     if may_use_gpu():
         return
     of_vectors = len(fields["model.channels"]) == 2  # Of images it has three.
-    if of_vectors and (fields["num_seeds"] > 1 or not _has_particles(fields)):
+    if of_vectors and (fields["num_seeds"] > 1 or not has_particles(fields)):
         spare_threads()
         divide_processor(min(fields["num_seeds"], len(os.sched_getaffinity(0))))
     if fields["num_devices"] > 1:
         divide_processor(fields["num_devices"])
-
-
-def _has_particles(fields: Mapping[str, Any]) -> bool:
-    from dvrl_jax import agents
-
-    model = {name.removeprefix("model."): value for name, value in fields.items() if name.startswith("model.")}
-    kind = agents.named().get(fields["algorithm"])
-    return kind is None or kind.rows_per_env(SimpleNamespace(**model)) > 1
 
 
 def settle(config) -> None:
@@ -63,7 +54,7 @@ def settle(config) -> None:
     Only the largest models, of particles on images, have so much working memory that a kept heap pays: to the many
     short operations of the others it is a loss (`docs/performance.md`).
     """
-    if has_particles(config) and sees_images(config):
+    if has_particles(flatten(config)) and sees_images(config):
         keep_one_heap()
 
 

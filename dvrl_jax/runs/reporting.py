@@ -19,7 +19,8 @@ class Progress:
         self._warm_steps = done
         self._bar = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", unit_scale=True, file=self._stream, smoothing=0.1)
+            bar = tqdm(total=total, initial=done, unit="step", unit_scale=True, file=self._stream, smoothing=0.1)
+            self._bar = None if bar.disable else bar  # TQDM_DISABLE=1 has lines in its place.
 
     def say(self, text: str) -> None:
         """Prints a line without disturbing the bar."""

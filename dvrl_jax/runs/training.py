@@ -48,7 +48,6 @@ def train(
     with contextlib.ExitStack() as opened:
         seeds_of_run = members.directories(run, config, opened)
         beginning = opened.enter_context(_beginning([*(directory for directory, _ in seeds_of_run), run]))
-        compilation.check_settings()
         parts = [opened.enter_context(members.opened(*each)) for each in seeds_of_run]
         running = members.running(parts)
         update = min(parts[place].saver.latest or 0 for place in running)
@@ -291,6 +290,7 @@ def prepare(workdir: Path | None, config: ConfigDict | None, overrides: dict[str
             loggers.import_wandb()
     elif workdir is None or not run_directory.has_config(workdir):
         raise ConfigError("--config: is needed to start a new run")
+    compilation.check_settings()
     is_new = workdir is None
     run = run_directory.RunDirectory(run_directory.next_directory() if is_new else workdir, is_new)
     return run, members.resolve_config(run, config, overrides)

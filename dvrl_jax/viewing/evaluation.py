@@ -86,6 +86,11 @@ def load_agent(path: Path, config: ConfigDict, env: BatchedEnvironment, checkpoi
     return agent, step
 
 
+def newest_checkpoint(path: Path) -> int:
+    """Update number of the newest checkpoint of a run that has one."""
+    return checkpoints.Checkpoints(path / "checkpoints", keep=1, read_only=True).find("latest")
+
+
 def play_games(agent: Agent, env: BatchedEnvironment, key: Array, greedy: bool = False) -> Games:
     """Plays one whole game in each of the environments.
 
