@@ -66,7 +66,7 @@ class FramePainter:
         for dt in sorted(recording.predictions):
             label = "reconstruction" if dt == 0 else f"predicted, {dt} step{'s' if dt > 1 else ''} ahead"
             images.append((label, recording.predictions[dt][t]))
-        columns = max(len(images), 4)
+        columns = max(len(images), 4 if recording.weights is None else 6)  # The words above the weights are long.
         width = 2 * self.margin + columns * self.side + (columns - 1) * self.gap
         height = 2 * self.margin + self.caption + self.side + self.below
         canvas = Image.new("RGB", (width, height + height % 2), PAPER)
