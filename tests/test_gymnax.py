@@ -279,6 +279,12 @@ def test_a_missing_extra_and_another_package_of_that_name_are_said(monkeypatch, 
             ConfigError, match=r"needs Gymnax 1.0.1 or later .*, and .* is another package .*popgym-arcade"
         ):
             dvrl_jax.make_config("default", env__name="gymnax/CartPole-v1")
+        patch.delitem(sys.modules, "gymnax")
+        (tmp_path / "gymnax.py").write_text("import jax\njax.no_such_function")
+        with pytest.raises(
+            ConfigError, match=r"needs Gymnax 1.0.1 .* cannot be imported \(AttributeError: .*no_such_fun"
+        ):
+            dvrl_jax.make_config("default", env__name="gymnax/CartPole-v1")
     monkeypatch.setitem(sys.modules, "gymnax", None)  # As if it were not installed.
     with pytest.raises(ConfigError, match=re.escape("pip install 'dvrl-jax[gymnax]'")):
         dvrl_jax.make_config("default", env__name="gymnax/CartPole-v1")
