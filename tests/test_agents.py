@@ -130,6 +130,18 @@ def test_prediction_zero_is_the_weighted_reconstruction():
     np.testing.assert_allclose(predict(agent, env)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_normal_emission_has_at_least_the_deviation_that_is_set():
+    env, emissions = recording("vector", True), []
+    for std in (0.0, 0.1):
+        agent = acting.make_agent(tiny_config("dvrl", model__min_emission_std=std), env, jax.random.PRNGKey(0))
+        agent.decoder.head.var.bias[...] = jnp.full(2, -50.0)  # As where an observation never changes.
+        emissions.append(agent.decode(jnp.ones((3, 8))))
+    (mean, var), (same_mean, larger) = emissions
+    np.testing.assert_array_equal(mean, same_mean)
+    assert np.all(var < 1e-9)
+    np.testing.assert_allclose(larger, 0.1**2, rtol=1e-5)
+
+
 def test_an_rnns_prediction_zero_is_what_it_expected_before_it_saw():
     env = recording("vector", True)
     config = tiny_config("rnn", model__obs_loss_coef=1.0, loss__encoding_coef=0.5)

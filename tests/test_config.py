@@ -68,6 +68,7 @@ IMPOSSIBLE = [
     ("model.resampling", "sytematic", "one of systematic, stratified"),
     ("model.resample_below", 1.1, "between 0 and 1"),
     ("model.soft_alpha", -0.1, "between 0 and 1"),
+    ("model.min_emission_std", -0.1, "at least 0"),
     ("loss.reward_scale", 0.0, "greater than 0"),
     ("optimizer.name", "sgd", "rmsprop or adam"),
     ("optimizer.learning_rate", float("nan"), "finite"),

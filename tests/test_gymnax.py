@@ -1,6 +1,7 @@
 """Gymnax's environments, by name and handed over, are adapted by the rule that the docs state, or refused."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,16 @@ import pytest
 from ml_collections import ConfigDict
 
 import dvrl_jax
+from configs import minatar
 from dvrl_jax import envs
 from dvrl_jax.envs import Gymnax
 from dvrl_jax.envs import gymnax as adapter
 from dvrl_jax.errors import ConfigError
 from dvrl_jax.learner import make_learner
-from tests.tiny import tiny_config
+from dvrl_jax.runs import run_directory
+from dvrl_jax.viewing import evaluation, pictures, reconstructions, recording
+from dvrl_jax.viewing.pictures import frames
+from tests.tiny import checkpoint_arrays, tiny_config, train, untimed
 
 ROOT = Path(__file__).parent.parent
 KEY = jax.random.PRNGKey(0)
@@ -190,6 +195,58 @@ def test_an_agent_learns_from_discrete_observations():
     assert history[-1]["updates.skipped"] == 0 and 0 < first < 2 * np.log(16)  # Nats of one of 16 fields.
 
 
+# --- MinAtar, from training to pictures -------------------------------------------------------------------------------
+
+MINATAR = {"num_envs": 2, "num_steps": 2, "bptt_segments": 2, "total_env_steps": 32, "checkpoint.interval": 4}
+MINATAR |= {"model.channels": (4, 4, 4), "model.h_dim": 8, "model.action_encoding": 4, "model.obs_loss_coef": 1.0}
+MINATAR |= {"loss.encoding_coef": 0.1, "log.interval": 2, "log.tensorboard": False, "log.predicted_times": (0,)}
+
+
+@pytest.fixture(scope="module")
+def breakout(tmp_path_factory):
+    """The directory of a run of flickering Breakout: 8 updates, with a checkpoint in their middle."""
+    config = minatar.get_config("Breakout,rnn")
+    config.update_from_flattened_dict(MINATAR)
+    workdir = tmp_path_factory.mktemp("runs") / "breakout"
+    train(workdir, config, log__save_reconstruction_interval=8)
+    return workdir
+
+
+def test_minatar_resumes_bit_for_bit(breakout, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(breakout, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "8")
+    train(resumed, None)
+    straight, parts = checkpoint_arrays(breakout), checkpoint_arrays(resumed)
+    assert straight.keys() == parts.keys() and any(".brick_map" in name for name in straight)
+    for name, array in straight.items():
+        np.testing.assert_array_equal(array, parts[name], err_msg=name)
+    lines = untimed(run_directory.read_metrics(resumed))
+    assert lines == untimed(run_directory.read_metrics(breakout)) and [x["update"] for x in lines] == [2, 4, 6, 8]
+
+
+def hues(picture):
+    """How many of Breakout's channels have pixels of their colour: paddle, ball, trail and bricks."""
+    colours = [frames._colour(channel, 4) for channel in range(4)]
+    return sum(np.any(np.all(picture == np.round(255 * colour), axis=-1)) for colour in colours)
+
+
+def test_pictures_of_minatar_have_a_colour_for_each_channel(breakout):
+    config = evaluation.read_run_config(breakout)
+    env = envs.make_env(config.env, 1, 0, keep_view=True)
+    agent, _ = evaluation.load_agent(breakout, config, env, "latest")
+    recorded = recording.record(agent, env, KEY, max_steps=3, times=(0,))
+    painter = pictures.painter_for(env)
+    with_legend = painter.still(recorded)
+    top = painter.margin + painter.caption
+    game = with_legend[top : top + painter.side, painter.margin : painter.margin + painter.side]
+    assert hues(game) == 4 and hues(with_legend[top + painter.side :]) == 4
+    saved = reconstructions.load(breakout, 8)
+    saved["observation"][:] = 255 * recorded.view[-1]
+    drawn = reconstructions.picture(config.env, saved)
+    assert drawn.shape == (2 * 82, 2 * 82, 3) and hues(drawn[1:81, 1:81]) == 4
+
+
 def test_what_changes_type_or_cannot_be_adapted_is_refused():
     with pytest.raises(
         ValueError, match=r"step returns observations as int32\[6, 5, 2\], and reset as float32\[6, 5, 2\]"
@@ -220,6 +277,12 @@ def test_a_missing_extra_and_another_package_of_that_name_are_said(monkeypatch, 
         patch.syspath_prepend(tmp_path)
         with pytest.raises(
             ConfigError, match=r"needs Gymnax 1.0.1 or later .*, and .* is another package .*popgym-arcade"
+        ):
+            dvrl_jax.make_config("default", env__name="gymnax/CartPole-v1")
+        patch.delitem(sys.modules, "gymnax")
+        (tmp_path / "gymnax.py").write_text("import jax\njax.no_such_function")
+        with pytest.raises(
+            ConfigError, match=r"needs Gymnax 1.0.1 .* cannot be imported \(AttributeError: .*no_such_fun"
         ):
             dvrl_jax.make_config("default", env__name="gymnax/CartPole-v1")
     monkeypatch.setitem(sys.modules, "gymnax", None)  # As if it were not installed.

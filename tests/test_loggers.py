@@ -78,9 +78,11 @@ def test_pictures_of_reconstructions_survive_in_new_event_files(tmp_path):
     reconstructions.rewind(tmp_path, 10)
     assert reconstructions.saved_updates(tmp_path) == [5, 10]
     picture = reconstructions.picture(tiny_pong("rnn").env, stored)
-    assert picture.shape == (4 * 10, 3 * 10, 1)
-    np.testing.assert_array_equal(picture[1:9, 1:9], images["observation"][0])
-    np.testing.assert_allclose(picture[11:19, 21:29] / 255.0, images["prediction_10"][1], atol=0.5 / 255 + 1e-6)
+    assert picture.shape == (4 * 82, 3 * 82, 1)  # Each pixel as 10 x 10, each image in a frame of a pixel.
+    np.testing.assert_array_equal(picture[1:81:10, 1:81:10], images["observation"][0])
+    np.testing.assert_array_equal(picture[1:81:10, 1:81:10], picture[10:81:10, 10:81:10])
+    shown = picture[83:163:10, 165:245:10] / 255.0
+    np.testing.assert_allclose(shown, images["prediction_10"][1], atol=0.5 / 255 + 1e-6)
     for _ in range(2):
         loggers.TensorBoard(run, atari_dvrl.get_config("Pong")).close()
         assert [(name, step) for name, step, _ in events(tmp_path)] == [

@@ -178,9 +178,10 @@ def test_frames_of_any_number_of_channels_and_any_actions_are_drawn():
 def test_each_channel_has_a_colour_of_its_own():
     planes = np.eye(7, dtype=bool).reshape(7, 1, 1, 7) & np.ones((7, 5, 6, 1), bool)
     row = pictures.FramePainter().predictions(planes, np.ones(7, bool), {0: planes.astype(np.float32)})
-    colours = row[2 :: 5 + 2, 3]  # Of one environment below the other, each in a frame of a pixel.
+    colours = row[2 :: 5 * 14 + 2, 3]  # Of one environment below the other, pixels of 14 x 14 in a frame of one.
     assert len(np.unique(colours, axis=0)) == 7 and np.all(colours.max(-1) == 255)
-    np.testing.assert_array_equal(row[:, :8], row[:, 8:])
+    assert row.shape == (7 * (5 * 14 + 2), 2 * (6 * 14 + 2), 3)
+    np.testing.assert_array_equal(row[:, :86], row[:, 86:])
 
 
 def test_a_wide_image_stays_wide():

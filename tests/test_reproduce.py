@@ -25,7 +25,7 @@ def test_every_experiment_is_a_valid_and_distinct_configuration():
         seen.add(str(config))
         for field, value in experiment.fields.items():
             assert dict(config_lib.flatten(config))[field] == value
-    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 14 + 6 + 40 + 5
+    assert len(seen) == len(experiments.EXPERIMENTS) == 20 + 18 + 3 + 6 + 1 + 1 + 14 + 6 + 40 + 5 + 10 * 3
     assert all(name in experiments.EXPERIMENTS for names in experiments.COMPARISONS.values() for name in names)
 
 
@@ -63,6 +63,8 @@ def test_published_results_are_of_these_experiments():
         (["beliefs"], 40),
         (["beliefs/hike-0.3"], 8),
         (["choices/*"], 5),
+        (["task"], 30),
+        (["task/minatar/Breakout"], 3),
     ],
 )
 def test_experiments_are_selected_by_the_beginning_of_their_names(patterns, count):

@@ -17,7 +17,7 @@ from dvrl_jax.envs import (
     Step,
 )
 from dvrl_jax.envs.wrappers import Delay, GaussianNoise, KeepComponents, NoiseComponents, RevealState, Sticky
-from dvrl_jax.errors import ConfigError
+from dvrl_jax.errors import ConfigError, RunError
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import pictures
 from tests.test_envs import Walk, assert_same, play
@@ -172,9 +172,18 @@ def test_pictures_show_the_true_state_behind_all_wrappers():
     painter = pictures.HikePainter()
     image = painter.predictions(states.obs[0], states.observed[0], {0: states.obs[1], 1: states.obs[2]})
     assert image.dtype == np.uint8
-    assert pictures.find_painter(envs.make_env(fields(**EVERY), 2, 0), is_image=False) is None
+    with pytest.raises(RunError, match=r"observed with env\.keep_components, env\.obs_noise_std"):
+        pictures.painter_for(envs.make_env(fields(**EVERY), 2, 0))
     with pytest.raises(ValueError, match="keep_view=True"):
         envs.make_env(config, 3, 0).view(states)
+
+
+@pytest.mark.parametrize("name", ["AliasedHike", "RockSample"])
+def test_an_exact_belief_is_drawn_of_the_observations_that_it_knows_alone(name):
+    """It counts readings as they are, in time and once; a blank one it leaves out."""
+    find = lambda *wrapped: pictures.find_painter(envs.find(name), False, wrapped)
+    assert isinstance(find("p_blank"), pictures.PAINTERS[name])
+    assert not any(find("p_blank", field) for field in EVERY if field not in ("p_blank", "noise_components_std"))
 
 
 REFUSED = [

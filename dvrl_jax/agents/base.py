@@ -331,10 +331,19 @@ class Agent(nnx.Module, abc.ABC):
         self.emission_hidden = networks.Linear(sizes, self.encoded_size, rngs=rngs)
         self.emission_activation = networks.Activation(self.encoded_size, config.batch_norm)
         self.decoder = networks.make_decoder(self.observation, config.channels, config.batch_norm, rngs=rngs)
+        self.min_emission_var = config.min_emission_std**2
 
     def decode(self, hidden: Array) -> Any:
-        """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one."""
-        return self.decoder(self.emission_activation(hidden).reshape(-1, self.encoded_size))
+        """The decoder's output for the emission's hidden layer [..., E], with all axes but the last as one.
+
+        A normal's variance is the network's, to which `model.min_emission_std` squared is added: the density of an
+        observation that hardly changes would grow without bound, and with it the ELBO and its gradient.
+        """
+        emission = self.decoder(self.emission_activation(hidden).reshape(-1, self.encoded_size))
+        if self.observation.likelihood != "normal" or self.min_emission_var == 0:
+            return emission
+        mean, var = emission
+        return mean, var + self.min_emission_var
 
     def emission_mean(self, emission: Any) -> Array:
         """Expected observation [R, ...] under the decoder's output of R rows: probabilities, or means."""

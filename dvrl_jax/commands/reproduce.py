@@ -90,7 +90,7 @@ def show(chosen: list[Experiment], root: Path) -> None:
         if speeds.get(experiment)[0] is None:
             speeds.add(experiment, measure(experiment))
     states = launchers.states(jobs_of(root, experiment) for experiment in chosen)
-    head = f"{'experiment':32} {'steps':>12} {'so far':>12} {'done':>6}  {'state':8} {'steps/s':>9} {'hours left':>11}"
+    head = f"{'experiment':36} {'steps':>12} {'so far':>12} {'done':>6}  {'state':8} {'steps/s':>9} {'hours left':>11}"
     print(f"{head}  {'speed from':10}  log")
     for experiment in chosen:
         speed, source = speeds.get(experiment)
@@ -102,7 +102,7 @@ def show(chosen: list[Experiment], root: Path) -> None:
         state = states[jobs_of(root, experiment)]
         word = "done" if done == SEEDS.value else state.word or "-"
         reached = f"{min(so_far):>12,} {done:>3}/{SEEDS.value:<2}  {word:8}"
-        line = f"{experiment.name:32} {steps:>12,} {reached} {numbers[0]:>9} {numbers[1]:>11}  {source:10}  {state.log}"
+        line = f"{experiment.name:36} {steps:>12,} {reached} {numbers[0]:>9} {numbers[1]:>11}  {source:10}  {state.log}"
         print(line.rstrip())
     print(f"\n{len(chosen) * SEEDS.value} runs, {total:,.1f} hours on this machine, one run after the other")
     if unknown:

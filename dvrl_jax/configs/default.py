@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.model.resample_below = 1.0  # Resample below this share of the particles in effective sample size; 1: always.
     c.model.soft_alpha = 0.5  # Soft resampling is by this share of the weights and a uniform rest.
     c.model.summary = "gru"  # Particles for actor and critic: "gru", "mean", "mgf", "attention" (docs/beliefs.md).
+    c.model.min_emission_std = 0.0  # Least standard deviation of a normal emission (docs/beliefs.md).
     c.model.obs_loss_coef = 0.0  # Observation prediction loss (RNN); loss.encoding_coef weighs it too.
 
     c.loss = ConfigDict()

@@ -18,6 +18,7 @@ def get_config(argument: str = "MemoryChain-bsuite"):
     c.model.z_dim = 64
     c.model.action_encoding = 32
     c.model.update_gate_bias = 3.0  # Without it, memory of an episode's beginning is not learned.
+    c.model.min_emission_std = 0.1  # Many observations have components that hardly change.
     if task.endswith("-MinAtar") or task == "Pong-misc":  # Images.
         c.model.channels = (16, 32, 32)
     c.log.interval = 100

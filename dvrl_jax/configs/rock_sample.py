@@ -14,6 +14,7 @@ def get_config(argument: str = "7x8"):
     c.model.h_dim = 128
     c.model.z_dim = 64
     c.model.action_encoding = 64
+    c.model.min_emission_std = 0.1  # Rocks that are not checked and fields that are not entered are always 0.
     c.loss.reward_scale = 0.1  # Rewards are 10 at most.
     c.loss.bootstrap_truncated = True  # The observation does not tell the time.
     return c

@@ -67,6 +67,7 @@ class Task(abc.ABC):
         settings: what may be set about it, with defaults. They are fields of the `env` group of its configurations.
         observation, action: what one environment's are like.
         steps_per_second: how fast a video of it runs, where its painter does not say.
+        wrapped: the fields of the `env` group by which it is observed otherwise, such as "p_blank".
     """
 
     name: str | None = None
@@ -74,6 +75,7 @@ class Task(abc.ABC):
     observation: ObservationSpec
     action: ActionSpec
     steps_per_second: float = 15.0
+    wrapped: tuple[str, ...] = ()
 
     @classmethod
     def check(cls, config) -> None:

@@ -151,6 +151,7 @@ class Batched(BatchedEnvironment):
         self.env, self.num_envs = env, num_envs
         self.name, self.settings, self.painter = env.name, env.settings, env.painter
         self.observation, self.action, self.steps_per_second = env.observation, env.action, env.steps_per_second
+        self.wrapped = env.wrapped
 
     def reset(self, key: Array) -> EnvState:
         """Splits the key into one for each of the environments. Traceable under `jit` and `vmap`."""

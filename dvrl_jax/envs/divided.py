@@ -20,7 +20,7 @@ class Divided(BatchedEnvironment):
         one, (self.axis,) = parts[0], mesh.axis_names
         self.name, self.settings, self.painter = one.name, one.settings, one.painter
         self.num_envs, self.observation, self.action = len(parts) * one.num_envs, one.observation, one.action
-        self.restorable, self.steps_per_second = one.restorable, one.steps_per_second
+        self.restorable, self.steps_per_second, self.wrapped = one.restorable, one.steps_per_second, one.wrapped
 
     def reset(self, key: Array) -> EnvState:
         states = [part.reset(key) for part, key in zip(self.parts, jax.random.split(key, len(self.parts)), strict=True)]

@@ -130,16 +130,20 @@ def _gymnax():
     """The module.
 
     Raises:
-        ConfigError: it is not installed, or another package is in its place.
+        ConfigError: it is not installed, cannot be imported, or another package is in its place.
     """
+    needed = f"env.name: {PREFIX}... needs Gymnax 1.0.1 or later ({INSTALL})"
     try:
         import gymnax
     except ImportError as error:
         raise ConfigError(f"env.name: {PREFIX}... needs the extra 'gymnax' ({INSTALL}); {error}") from None
+    except Exception as error:  # An older or another one's, which does not fit this version of JAX.
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{needed}, and the package of that name here cannot be imported ({said})") from None
     if not hasattr(gymnax, "registered_envs") or not hasattr(gymnax, "register"):  # The latter is new in 1.0.
+        place = gymnax.__file__ or next(iter(gymnax.__path__))  # A folder of that name is a package without a file.
         raise ConfigError(
-            f"env.name: {PREFIX}... needs Gymnax 1.0.1 or later ({INSTALL}), and {gymnax.__file__} is another package "
-            "of that name, such as the one that popgym-arcade installs"
+            f"{needed}, and {place} is another package of that name, such as the one that popgym-arcade installs"
         )
     return gymnax
 

@@ -40,12 +40,14 @@ def refusal(config, field: str, rule: str) -> ConfigError:
 
 
 class Wrapper(Environment):
-    """One environment with other observations; its states are the wrapped one's."""
+    """One environment with other observations, as `field` of the `env` group asks; its states are the wrapped one's."""
+
+    field: str = ""
 
     def __init__(self, env: Environment, observation: ObservationSpec):
         self.env, self.observation, self.action = env, observation, env.action
         self.name, self.settings, self.painter = env.name, env.settings, env.painter
-        self.steps_per_second = env.steps_per_second
+        self.steps_per_second, self.wrapped = env.steps_per_second, (*env.wrapped, self.field)
 
     @abc.abstractmethod
     def change(self, key: Array, state: Any, obs: Array) -> Array:
@@ -73,6 +75,8 @@ class RevealState(Wrapper):
     Raises NotImplementedError if the environment has no such vector.
     """
 
+    field = "reveal_state"
+
     def __init__(self, env: Environment):
         vector = jax.eval_shape(lambda: env.state_vector(checked_reset(env, jax.random.key(0))[0]))
         super().__init__(env, ObservationSpec(vector.shape, vector.dtype))
@@ -84,14 +88,14 @@ class RevealState(Wrapper):
 class KeepComponents(Wrapper):
     """Of a vector observation [D], the components with the numbers `kept`, in that order."""
 
+    field = "keep_components"
+
     def __init__(self, env: Environment, kept: tuple[int, ...]):
         _, dtype, emission = env.observation
         # A part of a one-hot vector is none.
         emission = None if emission == "categorical" else emission
         super().__init__(env, ObservationSpec((len(kept),), dtype, emission))
         self.kept = kept
-        # A painter would look for components where they are no more.
-        self.name, self.painter = f"{env.name or type(env).__name__} with env.keep_components", lambda: None
 
     def change(self, key: Array, state: Any, obs: Array) -> Array:
         return obs[jnp.asarray(self.kept)]
@@ -99,6 +103,8 @@ class KeepComponents(Wrapper):
 
 class GaussianNoise(Wrapper):
     """Adds independent normal noise of standard deviation `std` to every component of an observation."""
+
+    field = "obs_noise_std"
 
     def __init__(self, env: Environment, std: float):
         super().__init__(env, env.observation._replace(emission="normal"))
@@ -110,6 +116,8 @@ class GaussianNoise(Wrapper):
 
 class NoiseComponents(Wrapper):
     """Appends `number` components to a vector observation that are normal noise of standard deviation `std` alone."""
+
+    field = "noise_components"
 
     def __init__(self, env: Environment, number: int, std: float = 1.0):
         (size,), dtype, _ = env.observation
@@ -158,15 +166,18 @@ def wrap(env: Environment, config) -> Environment:
 
 
 class BatchWrapper(BatchedEnvironment):
-    """A batch with other observations. `EnvState.inner` is (the wrapped batch's state, what the wrapper remembers, the
-    wrapped batch's view if `keep_view`, for pictures, else nothing).
+    """A batch with other observations, as `field` of the `env` group asks. `EnvState.inner` is (the wrapped batch's
+    state, what the wrapper remembers, the wrapped batch's view if `keep_view`, for pictures, else nothing).
     """
+
+    field: str = ""
 
     def __init__(self, env: BatchedEnvironment, keep_view: bool = False):
         self.env, self.keep_view = env, keep_view
         self.name, self.settings, self.painter = env.name, env.settings, env.painter
         self.num_envs, self.observation, self.action = env.num_envs, env.observation, env.action
         self.restorable, self.steps_per_second = env.restorable, env.steps_per_second
+        self.wrapped = (*env.wrapped, self.field)
 
     def of_seed(self, place: int) -> "BatchWrapper":
         other = copy.copy(self)
@@ -216,6 +227,8 @@ class Delay(BatchWrapper):
     At its end, `final_obs` is as late as all others. The memory is the observations [B, steps, ...] still to come.
     """
 
+    field = "obs_delay"
+
     def __init__(self, env: BatchedEnvironment, steps: int, keep_view: bool = False):
         super().__init__(env, keep_view)
         self.steps = steps
@@ -240,6 +253,8 @@ class Sticky(BatchWrapper):
     the observation shown).
     """
 
+    field = "p_repeat"
+
     def __init__(self, env: BatchedEnvironment, p_repeat: float, keep_view: bool = False):
         super().__init__(env, keep_view)
         self.p_repeat = p_repeat
@@ -261,6 +276,8 @@ class Flicker(BatchWrapper):
     This makes almost any task partially observable. One draw blanks both `obs` and `final_obs`. The memory is a key [B]
     each.
     """
+
+    field = "p_blank"
 
     def __init__(self, env: BatchedEnvironment, p_blank: float, keep_view: bool = False):
         super().__init__(env, keep_view)

@@ -306,7 +306,7 @@ _AT_LEAST = {
     1: "total_env_steps num_seeds num_devices num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim "
     "model.num_particles log.interval checkpoint.keep max_skipped_updates",
     0: "env.observation_std env.obs_noise_std env.noise_components env.noise_components_std env.obs_delay "
-    "model.action_encoding model.obs_loss_coef checkpoint.interval checkpoint.minutes "
+    "model.action_encoding model.obs_loss_coef model.min_emission_std checkpoint.interval checkpoint.minutes "
     "log.save_reconstruction_interval",
 }
 _SIZES = "num_seeds num_envs num_steps bptt_segments env.frame_skip model.h_dim model.z_dim model.num_particles"

@@ -35,6 +35,27 @@ HIKE_PARTICLES = (1, 5, 30)
 HIKE_WINDOWS = (1, 10)
 HIKE_LEARNING_RATES = {"3e-4": 3e-4, "1e-3": 1e-3}
 HIKE_ENCODING_COEFS = (0.01, 1.0)
+# Tasks that are not the paper's, by their experiments' names: a configuration, which the agent completes, and fields to
+# change. Some need the extra `gymnax`, so that all of them are left out where none is asked for.
+TASKS = {
+    "task/aliased-hike": ("aliased_hike:", {}),
+    "task/distractor-hike": ("distractor_hike:", {}),
+    "task/memory-chain": ("gymnax:MemoryChain-bsuite,", {"env.params.memory_length": 30}),
+    "task/cart-pole": (
+        "gymnax:CartPole-v1,",
+        {
+            "env.keep_components": (0, 2),
+            "loss.reward_scale": 0.1,
+            "loss.entropy_coef": 0.001,
+            "total_env_steps": 4_000_000,
+        },
+    ),
+    **{f"task/rock-sample/{size}": (f"rock_sample:{size},", {}) for size in ("5x5", "7x8")},
+    **{
+        f"task/minatar/{game}": (f"minatar:{game},", {}) for game in ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
+    },
+}
+TASK_AGENTS = (*AGENTS, "memoryless")
 
 # Beliefs compared (docs/results/protocol.md). Networks are small, so that five seeds of DVRL take half an hour.
 SMALL = {"model.h_dim": 64, "model.z_dim": 64}
@@ -123,6 +144,8 @@ def _comparisons() -> dict[str, tuple[Experiment, ...]]:
             compare(f"hike-ablation/{name}/{noise}", base, "model.detach_encoder", {"detached": True})
     compare("hike-ablation/resampling", hikes["dvrl"], "model.resample", {"off": False})
     compare("hike-search/dvrl/elbo", hikes["dvrl"], "loss.encoding_coef", same(HIKE_ENCODING_COEFS), "-")
+    for name, (config, fields) in TASKS.items():
+        found[name] = tuple(Experiment(f"{name}/{agent}", config + agent, fields) for agent in TASK_AGENTS)
     return found | _beliefs()
 
 
@@ -149,7 +172,9 @@ COMPARISONS = {name: tuple(experiment.name for experiment in compared) for name,
 
 
 def select(patterns: Iterable[str]) -> list[Experiment]:
-    """Experiments whose name, or the beginning of it up to a slash, matches one of the patterns; all without any.
+    """Experiments whose name, or the beginning of it up to a slash, matches one of the patterns.
+
+    Without any, all but those of `TASKS`.
 
     Raises:
         RunError: a pattern matches nothing.
@@ -163,7 +188,8 @@ def select(patterns: Iterable[str]) -> list[Experiment]:
             known = sorted({name.split("/")[0] for name in EXPERIMENTS})
             raise RunError(f"--only: nothing is called {pattern!r}; --list shows all ({', '.join(known)})")
         chosen |= set(names)
-    return [experiment for name, experiment in EXPERIMENTS.items() if name in chosen or not patterns]
+    default = lambda name: not patterns and not name.startswith("task/")
+    return [experiment for name, experiment in EXPERIMENTS.items() if name in chosen or default(name)]
 
 
 def _prefixes(name: str) -> list[str]:

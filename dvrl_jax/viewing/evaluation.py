@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dvrl_jax import acting, envs
 from dvrl_jax.agents import Agent
-from dvrl_jax.envs import BatchedEnvironment
+from dvrl_jax.envs import BatchedEnvironment, wrappers
 from dvrl_jax.errors import RunError
 from dvrl_jax.runs import checkpoints, run_directory
 from dvrl_jax.runs import config as config_lib
@@ -126,12 +126,9 @@ def check_video(path: Path, video: Path) -> None:
     """
     pictures.check_path(video)
     config = read_run_config(path)
-    if config.env.keep_components:
-        raise RunError(
-            f"--video: {config.env.name} has no picture with env.keep_components = {config.env.keep_components}"
-        )
-    if pictures.find_painter(envs.find(config.env.name), config_lib.sees_images(config)) is None:
-        raise pictures.no_picture(config.env.name)
+    wrapped = wrappers.in_use(config.env)
+    if pictures.find_painter(envs.find(config.env.name), config_lib.sees_images(config), wrapped) is None:
+        raise pictures.no_picture(config.env.name, wrapped)
 
 
 def evaluate(path: Path, episodes: int, greedy: bool, checkpoint: str, seed: int) -> dict[str, Any]:

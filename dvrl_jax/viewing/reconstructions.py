@@ -117,12 +117,10 @@ def picture(config, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
 
     `config` is the `env` group of a configuration; None if nobody knows how to draw it, or nothing is predicted.
     """
-    if config.keep_components:
-        return None
     from dvrl_jax.viewing import pictures  # Takes a moment to import, and most runs draw nothing.
 
     observation = arrays["observation"][:MAX_SHOWN]
-    painter = pictures.find_painter(envs.find(config.name), is_image=observation.ndim == 4)
+    painter = pictures.find_painter(envs.find(config.name), observation.ndim == 4, envs.wrappers.in_use(config))
     times = sorted(int(file.removeprefix("prediction_")) for file in arrays if file.startswith("prediction_"))
     if painter is None or not times:
         return None

@@ -5,7 +5,7 @@ image observations gets `FramePainter`. Nothing here needs a display.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,11 @@ ENDINGS = (".mp4", ".gif", ".png")
 
 
 class Painter(Protocol):
-    """Draws recordings of one kind of environment."""
+    """Draws recordings of one kind of environment.
+
+    A painter may have `undrawn`, the fields of the `env` group with which observations are none that it can draw;
+    without it, that is `UNDRAWN`.
+    """
 
     fps: float  # Steps per second in which the game runs at its natural speed.
 
@@ -52,15 +56,25 @@ PAINTERS: dict[str, type[Painter]] = {
 }
 
 
-def find_painter(env: Task | type[Task], is_image: bool) -> Painter | None:
-    """The painter of an environment, or of environments of that class; None if there is none."""
+# A painter would look for components where they are no more.
+UNDRAWN = ("keep_components",)
+
+
+def find_painter(env: Task | type[Task], is_image: bool, wrapped: Sequence[str] = ()) -> Painter | None:
+    """The painter of an environment, or of environments of that class; None if there is none.
+
+    `wrapped` are fields of the `env` group by which a class's environments are observed otherwise (`Task.wrapped`).
+    """
     own = PAINTERS[env.name]() if env.name in PAINTERS else env.painter()
-    return own or (FramePainter(env.steps_per_second) if is_image else None)
+    painter = own or (FramePainter(env.steps_per_second) if is_image else None)
+    undrawn = set(getattr(painter, "undrawn", UNDRAWN))
+    return None if undrawn.intersection((*env.wrapped, *wrapped)) else painter
 
 
-def no_picture(name: str) -> RunError:
-    """What to raise where there is no painter for the environment of that name."""
-    return RunError(f"there is no picture of {name}; its class needs a `painter` (docs/extending.md)")
+def no_picture(name: str, wrapped: Sequence[str] = ()) -> RunError:
+    """What to raise where there is no painter for the environment of that name, `wrapped` as for `find_painter`."""
+    observed = f" observed with {', '.join(f'env.{field}' for field in wrapped)}" if wrapped else ""
+    return RunError(f"there is no picture of {name}{observed}; its class needs a `painter` (docs/extending.md)")
 
 
 def painter_for(env: Task) -> Painter:
@@ -71,7 +85,7 @@ def painter_for(env: Task) -> Painter:
     """
     painter = find_painter(env, env.observation.is_image)
     if painter is None:
-        raise no_picture(env.name or type(env).__name__)
+        raise no_picture(env.name or type(env).__name__, env.wrapped)
     return painter
 
 

@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dvrl_jax.envs import aliased_hike, hike_grid, mountain_hike
+from dvrl_jax.envs import aliased_hike, hike_grid, mountain_hike, wrappers
 from dvrl_jax.viewing.pictures.hike import PARTICLE, PATH, READING, figure_to_array, layout, legend
 from dvrl_jax.viewing.recording import Recording
 
 EXTENT = (-hike_grid.EXTENT, hike_grid.EXTENT) * 2
 FARTHEST = 3.0  # Distances that are drawn.
+NOT_TRACKED = (*wrappers.OF_ONE, "obs_delay", "p_repeat")  # An exact belief knows of blank observations alone.
 QUARTERS = {"lower left": (-1, -1), "upper left": (-1, 1), "lower right": (1, -1), "upper right": (1, 1)}
 
 
@@ -32,7 +33,7 @@ def quarters(belief: np.ndarray) -> np.ndarray:
 class AliasedPainter:
     """One episode: the exact belief on the map; distances read and reconstructed, and where the belief has its mass."""
 
-    fps = 8
+    fps, undrawn = 8, NOT_TRACKED
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
         """The belief of the step as a heat map, with the path so far."""

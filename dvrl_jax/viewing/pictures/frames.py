@@ -42,9 +42,14 @@ class FramePainter:
     def predictions(
         self, observation: np.ndarray, observed: np.ndarray, predicted: dict[int, np.ndarray]
     ) -> np.ndarray:
-        """A row per environment, left to right the observation, as blank as it was, and the predictions by time."""
+        """A row per environment, left to right the observation, as blank as it was, and the predictions by time.
+
+        Images of less than half of `side` have each pixel as several.
+        """
         del observed
         columns = [_visible(images) for images in (observation, *(predicted[dt] for dt in sorted(predicted)))]
+        scale = max(1, self.side // 2 // max(columns[0].shape[1:3]))
+        columns = [images.repeat(scale, axis=1).repeat(scale, axis=2) for images in columns]
         padded = [np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for x in columns]
         return np.concatenate([np.concatenate(list(column), axis=0) for column in padded], axis=1)
 
@@ -61,7 +66,7 @@ class FramePainter:
         for dt in sorted(recording.predictions):
             label = "reconstruction" if dt == 0 else f"predicted, {dt} step{'s' if dt > 1 else ''} ahead"
             images.append((label, recording.predictions[dt][t]))
-        columns = max(len(images), 4)
+        columns = max(len(images), 4 if recording.weights is None else 6)  # The words above the weights are long.
         width = 2 * self.margin + columns * self.side + (columns - 1) * self.gap
         height = 2 * self.margin + self.caption + self.side + self.below
         canvas = Image.new("RGB", (width, height + height % 2), PAPER)
@@ -74,9 +79,22 @@ class FramePainter:
             size = [round(self.side * length / max(pixels.size)) for length in pixels.size]
             canvas.paste(pixels.resize(size, Image.Resampling.NEAREST), (x, y + self.caption))
             edge = ORANGE if column == 1 and not recording.observed[t] else FAINT
-            draw.rectangle((x - 1, y + self.caption - 1, x + self.side, y + self.caption + self.side), outline=edge)
+            draw.rectangle((x - 1, y + self.caption - 1, x + size[0], y + self.caption + size[1]), outline=edge)
+        self._channels(draw, recording.obs.shape[-1])
         self._numbers(draw, recording, t, width)
         return np.asarray(canvas)
+
+    def _channels(self, draw: ImageDraw.ImageDraw, channels: int) -> None:
+        """Below the images, which colour is which channel, where channels have colours."""
+        if channels in (1, 3):
+            return
+        x, y = self.margin, self.margin + self.caption + self.side + 10
+        draw.text((x, y), "channels", FAINT, _font(11), anchor="lm")
+        for channel in range(channels):
+            left = x + 56 + 28 * channel
+            colour = tuple(np.round(255 * _colour(channel, channels)).astype(int))
+            draw.rectangle((left, y - 5, left + 9, y + 4), fill=colour)
+            draw.text((left + 13, y), str(channel), FAINT, _font(11), anchor="lm")
 
     def _numbers(self, draw: ImageDraw.ImageDraw, recording: Recording, t: int, width: int) -> None:
         top = self.margin + self.caption + self.side + 18
@@ -114,9 +132,14 @@ def _visible(images: np.ndarray) -> np.ndarray:
         return images
     shown = np.zeros((*images.shape[:-1], 3), np.uint8)
     for channel in range(channels):
-        colour = np.asarray(colorsys.hsv_to_rgb(channel / channels, 0.8, 1.0))
-        shown = np.maximum(shown, np.round(images[..., channel, None] * colour).astype(np.uint8))
+        coloured = images[..., channel, None] * _colour(channel, channels)
+        shown = np.maximum(shown, np.round(coloured).astype(np.uint8))
     return shown
+
+
+def _colour(channel: int, channels: int) -> np.ndarray:
+    """Red, green and blue of one of several channels, in 0..1."""
+    return np.asarray(colorsys.hsv_to_rgb(channel / channels, 0.8, 1.0))
 
 
 def _bars(draw, left: int, width: int, top: int, bottom: int, values: np.ndarray, colours) -> None:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dvrl_jax.envs import rock_sample
+from dvrl_jax.viewing.pictures.aliased import NOT_TRACKED
 from dvrl_jax.viewing.pictures.hike import figure_to_array, layout
 from dvrl_jax.viewing.recording import Recording
 
@@ -39,7 +40,7 @@ def action_name(action: int) -> str:
 class RockPainter:
     """One episode on the map. A rock is filled by the exact belief; its edge tells whether it is good."""
 
-    fps = 3
+    fps, undrawn = 3, NOT_TRACKED
 
     def frames(self, recording: Recording) -> Iterator[np.ndarray]:
         """The map with the belief of the step; the belief over time, action probabilities and values."""
