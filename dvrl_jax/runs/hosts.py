@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dvrl_jax.errors import ConfigError, RunError
-from dvrl_jax.runs import process
+from dvrl_jax.errors import ConfigError, DiscoveryError, RunError
+from dvrl_jax.runs import command_line, process
 
 LOST = 3  # Exit code of a process that ends because another one has ended.
 
@@ -76,6 +77,8 @@ def joined(distributed: bool) -> Iterator[None]:
     It begins before JAX's first computation. Where the environment does not say it (COORDINATOR, NUM_PROCESSES,
     PROCESS_ID), JAX finds out about the others from SLURM or Open MPI.
 
+    What goes wrong within it ends this process here, with a sentence if the user can fix it.
+
     Raises:
         ConfigError: the environment says nothing, or no numbers.
         RunError: not all processes came.
@@ -91,13 +94,15 @@ def joined(distributed: bool) -> Iterator[None]:
     watch = _Watch(together)
     try:
         yield
-    except (ConfigError, RunError):
-        watch.close()
-        raise
+    except (ConfigError, DiscoveryError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(
+            command_line.USAGE_ERROR
+        )  # At an orderly exit JAX would wait for the others, which this one's end will end.
     except Exception:
         time.sleep(WATCH_SECONDS)  # Another process may have ended: then the watch says so.
-        watch.close()
-        raise
+        traceback.print_exc()
+        os._exit(1)
     watch.is_over = True
     jax.distributed.shutdown()  # Waits until all are here.
 
@@ -188,11 +193,6 @@ class _Watch:
         with contextlib.suppress(OSError):
             os.write(2, f"error: {which} has ended, and with it the run; {how}\n".encode())
         os._exit(LOST)
-
-    def close(self) -> None:
-        """Lets the others know that this process ends."""
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()
 
 
 def _listen() -> socket.socket:
