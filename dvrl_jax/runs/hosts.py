@@ -102,6 +102,7 @@ def joined(distributed: bool) -> Iterator[None]:
     except Exception:
         time.sleep(WATCH_SECONDS)  # Another process may have ended: then the watch says so.
         traceback.print_exc()
+        watch.end_others()
         os._exit(1)
     watch.is_over = True
     jax.distributed.shutdown()  # Waits until all are here.
@@ -149,6 +150,7 @@ class _Watch:
         self.is_over, self._selector = False, selectors.DefaultSelector()
         me, number, client = together.process_id, together.num_processes, together.client
         name = lambda place, host: f"process {place} of {number}, on {host},"
+        self._name = name(me, socket.gethostname())
         if me == 0:
             with _listen() as server:
                 token = secrets.token_hex(8)
@@ -182,17 +184,26 @@ class _Watch:
                     said = b""
                 if self.is_over:
                     return
-                self._leave(said.decode() or key.data)  # Process 0 says which one, unless it has ended itself.
+                self._leave(said.decode() or key.data)  # Another one says which, unless it has ended without a word.
 
-    def _leave(self, which: str) -> None:
+    def _tell(self, which: str) -> None:
         for key in self._selector.get_map().values():
             with contextlib.suppress(OSError):
                 key.fileobj.sendall(which.encode())
+
+    def _leave(self, which: str) -> None:
+        self._tell(which)
         how = "the same command, on as many processes as you like, resumes from the newest checkpoint"
         how = "; ".join([clean_up() for clean_up in clean_ups] or [how])
         with contextlib.suppress(OSError):
             os.write(2, f"error: {which} has ended, and with it the run; {how}\n".encode())
         os._exit(LOST)
+
+    def end_others(self) -> None:
+        """Ends the others before this process ends for a reason of its own."""
+        self.is_over = True
+        self._tell(self._name)
+        time.sleep(1)  # For theirs to be the first word: JAX aborts them once process 0 is gone.
 
 
 def _listen() -> socket.socket:
