@@ -52,9 +52,9 @@ def shardings(state: TrainState, num_devices: int) -> TrainState:
     """Where each array of a state lies: divided by environments, or on every device."""
     place, num_envs = mesh(num_devices), state.actor.is_first.shape[0]
 
-    def divided(tree: Any, axis: int) -> Any:
-        """By that axis, where it is of environments, or of environments times particles."""
-        is_of_envs = lambda x: x.ndim > axis and x.shape[axis] and x.shape[axis] % num_envs == 0
+    def divided(tree: Any, axis: int, more: int = 0) -> Any:
+        """By that axis, where it is of environments, or of environments times particles, and `more` axes follow."""
+        is_of_envs = lambda x: x.ndim > axis + more and x.shape[axis] and x.shape[axis] % num_envs == 0
         spec = lambda x: P(*[None] * axis, AXIS) if is_of_envs(x) else P()
         return jax.tree.map(lambda x: NamedSharding(place, spec(x)), tree)
 
@@ -63,7 +63,10 @@ def shardings(state: TrainState, num_devices: int) -> TrainState:
     return everywhere._replace(
         actor=divided(state.actor, 0),
         window=everywhere.window._replace(
-            segments=divided(segments, 2)._replace(carry=divided(segments.carry, 1)),
+            segments=divided(segments, 2)._replace(
+                carry=divided(segments.carry, 1),
+                notes=divided(segments.notes, 2, more=1),  # Statistics of batch norm have features in that place.
+            ),
         ),
         episodes=everywhere.episodes._replace(**{name: divided(getattr(state.episodes, name), 0) for name in running}),
     )

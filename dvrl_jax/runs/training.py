@@ -60,7 +60,7 @@ def train(
         with waiting.waiting("making the environments and the weights"):
             mesh = devices.mesh(config.num_devices) if devices.are_several(config.num_devices) else None
             env = envs.make_env(config.env, config.num_envs, episode_seeds, mesh=mesh)
-            learner = make_learner(config, env, choices.current().for_devices() if mesh else None)
+            learner = make_learner(config, env, choices.current().for_devices(mesh) if mesh else None)
             if (
                 env.restorable or envs.find(config.env.name) is envs.Atari
             ):  # Others may act in a `reset` that is traced.
