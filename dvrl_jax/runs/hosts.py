@@ -27,7 +27,7 @@ LOST = 3  # Exit code of a process that ends because another one has ended.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 START_SECONDS = 300  # In which all processes must have started.
-HEARTBEAT_SECONDS = 50  # After which JAX itself aborts all processes, if one neither ends nor answers.
+HEARTBEAT_SECONDS = 300  # After which JAX itself aborts all processes, if one neither ends nor answers.
 WATCH_SECONDS = 5  # In which `_Watch` knows of a process that has ended, once a collective operation has failed.
 # Of a connection on which nothing is sent: after 10 s a probe, then every 5 s, and lost after 3 without an answer.
 KEEPALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
