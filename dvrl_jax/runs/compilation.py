@@ -44,8 +44,8 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     On a CPU: `CPU_OPTIONS` for a belief of many particles on vectors and one of a single row on images. To particles on
     images they are no gain, and to a single row on vectors, which has one thread, a loss.
 
-    On a GPU: `GPU_OPTIONS`, and of several processes `OPTIONS_OF_SEVERAL`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
-    also of programs that cannot be kept themselves (see `cached`).
+    On a GPU: `GPU_OPTIONS`, and of several processes `OPTIONS_OF_SEVERAL`. With `use_cache`, what XLA finds out about
+    the fastest kernels is kept for the next start, also of programs that cannot be kept themselves (see `cached`).
 
     An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
     """

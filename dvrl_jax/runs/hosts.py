@@ -77,11 +77,11 @@ def joined(distributed: bool) -> Iterator[None]:
     It begins before JAX's first computation. Where the environment does not say it (COORDINATOR, NUM_PROCESSES,
     PROCESS_ID), JAX finds out about the others from SLURM or Open MPI.
 
-    What goes wrong within it ends this process here, with a sentence if the user can fix it.
+    What goes wrong within it ends this process here, with a sentence if the user can fix it; so does waiting in vain
+    for the others.
 
     Raises:
         ConfigError: the environment says nothing, or no numbers.
-        RunError: not all processes came.
     """
     if not is_one_of_several(distributed):
         yield
@@ -119,19 +119,28 @@ def _connect(jax: Any) -> Any:
                 raise ConfigError(f"{variable} = {text!r}: must be a whole number")
             given[argument] = int(text)
     jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM; `training` has its own answer.
+    late = threading.Timer(START_SECONDS, _give_up)
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-    except ValueError:
+        with process.leaving(lambda: "before all processes had come"):
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=2 * START_SECONDS,  # After which JAX would abort.
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except (ValueError, IndexError):
         said = f"{COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID}: must all be set, where neither SLURM nor Open MPI is"
-        raise ConfigError(f"{said}, and {PROCESS_ID} must be below {NUM_PROCESSES}") from None
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"the processes of this run did not all find each other within {START_SECONDS} s ({reason})"
-        ) from None
+        raise ConfigError(f"{said}, as HOST:PORT and numbers, {PROCESS_ID} from 0 on") from None
+    finally:
+        late.cancel()
     return distributed.global_state
+
+
+def _give_up() -> None:
+    said = f"not all processes of this run have come within {START_SECONDS} s; each needs the same {COORDINATOR}"
+    os.write(2, f"error: {said}, and must reach it\n".encode())
+    os._exit(command_line.USAGE_ERROR)
 
 
 class _Watch:
