@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
@@ -30,6 +32,7 @@ class Choices:
         unroll_segment: write out a segment's steps up to this number. What a step leaves for learning then stays where
             it was computed, instead of being copied into arrays over all steps and back.
         seeds_together: several seeds of one program (`seeds.py`) are trained side by side, not one after the other.
+        mesh: the devices that the environments are divided over (`devices.py`); None for one.
     """
 
     lineages: bool = True
@@ -40,6 +43,7 @@ class Choices:
     unroll: int = 1
     unroll_segment: int = 8
     seeds_together: bool = False
+    mesh: Mesh | None = None
 
     @classmethod
     def of(cls, platform: str) -> "Choices":
@@ -63,9 +67,9 @@ class Choices:
         together = {"lineages": False, "distinct": False, "conditionals": False, "seeds_together": True}
         return dataclasses.replace(self, **together)
 
-    def for_devices(self) -> "Choices":
-        """The same for a program that XLA divides over devices: nothing gathers over the whole batch."""
-        return dataclasses.replace(self, lineages=False, distinct=False, tiles=False)
+    def for_devices(self, mesh: Mesh) -> "Choices":
+        """The same for a program that XLA divides over the devices of a mesh: nothing gathers over the whole batch."""
+        return dataclasses.replace(self, lineages=False, distinct=False, tiles=False, mesh=mesh)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -83,6 +87,17 @@ class Choices:
             return jax.lax.cond(condition, lambda: yes, lambda: no)
         condition = jax.lax.optimization_barrier(condition)
         return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
+
+    def over_envs(self, function: Any, axis: int, x: Array, *weights: Array) -> Array:
+        """function(x, *weights) of x with environments on `axis`, as its result: on each device, of those it has.
+
+        XLA alone would gather all of x where it is reshaped with another axis before the environments'.
+        """
+        if self.mesh is None:
+            return function(x, *weights)
+        spec = P(*[None] * axis, *self.mesh.axis_names)
+        specs = (spec, *[P()] * len(weights))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=spec, check_vma=False)(x, *weights)
 
     def over_particles(self, step: Any, init: Any, xs: Any) -> tuple[Any, Any]:
         """`lax.scan` over few short steps: step(carry, x) -> (carry, y), xs [K, ...]; returns (carry, ys)."""

@@ -5,6 +5,7 @@ original's initialisation. Images are NHWC; how their convolutions are computed 
 take notes of their costly products (see `notes.py`).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dvrl_jax import notes
+from dvrl_jax import choices, notes
 from dvrl_jax.convolutions import ConvSpec, conv, conv_transpose_blocks, depth_to_space, space_to_depth
 from dvrl_jax.notes import SIGMOID, SOFTPLUS, TANH
 from dvrl_jax.products import matmul
@@ -262,8 +263,12 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., H, W, C] to [..., H', W', D]."""
-        y = conv(x.reshape(-1, *x.shape[-3:]), self.kernel[...], self.spec) + self.bias[...]
-        return y.reshape(*x.shape[:-3], *y.shape[-3:])
+
+        def of_images(x: Array, kernel: Array, bias: Array) -> Array:
+            y = conv(x.reshape(-1, *x.shape[-3:]), kernel, self.spec) + bias
+            return y.reshape(*x.shape[:-3], *y.shape[-3:])
+
+        return choices.current().over_envs(of_images, x.ndim - 4, x, self.kernel[...], self.bias[...])
 
 
 class ConvTranspose(nnx.Module):
@@ -279,7 +284,8 @@ class ConvTranspose(nnx.Module):
     def blocks(self, x: Array) -> Array:
         """Maps x [N, H, W, C] to its image in block order (see `conv_transpose_blocks`), uncropped, with bias."""
         bias = jnp.tile(self.bias[...], self.spec.stride**2)
-        return conv_transpose_blocks(x, self.kernel[...], self.spec) + bias
+        of_images = functools.partial(conv_transpose_blocks, spec=self.spec)
+        return choices.current().over_envs(of_images, 0, x, self.kernel[...]) + bias
 
     def __call__(self, x: Array) -> Array:
         """Maps x [N, H, W, C] to [N, H', W', D]."""

@@ -1,6 +1,7 @@
 """Matrix products in the form in which XLA's CPU back end is fast at them and at their gradients."""
 
 import jax
+import jax.numpy as jnp
 
 from dvrl_jax import choices
 
@@ -11,8 +12,10 @@ def matmul(x: Array, kernel: Array) -> Array:
     """Product of x [..., in] with kernel [in, out]: [..., out].
 
     All rows are put on one axis first: where the kernel's gradient sums over several axes, XLA's CPU back end copies
-    and transposes operands.
+    and transposes operands. Not where environments are divided over devices: XLA would gather them for it.
     """
+    if choices.current().mesh is not None:
+        return jnp.tensordot(x, kernel, 1)
     rows = x.reshape(-1, x.shape[-1])
     product = _product_with_transposed_gradient(rows, kernel) if transposed_pays(kernel) else rows @ kernel
     return product.reshape(*x.shape[:-1], kernel.shape[-1])

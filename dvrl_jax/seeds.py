@@ -57,7 +57,8 @@ def member(state: TrainState, place: int) -> TrainState:
 
 def counters(state: TrainState) -> list[TrainState]:
     """What log lines are made of, of each place, on the host: a state without weights, environments and window."""
-    small = state._replace(params=(), batch_stats=(), opt_state=(), actor=(), window=(), key=())
+    finished = state.episodes._replace(clipped=(), length=(), true=())
+    small = state._replace(params=(), batch_stats=(), opt_state=(), actor=(), window=(), key=(), episodes=finished)
     small = jax.device_get(small)
     return [member(small, place) for place in range(small.update.size)]
 

@@ -1,6 +1,8 @@
 """Environments divided over devices: the update is that of one device."""
 
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -41,14 +43,22 @@ def compare(name: str) -> None:
     config = config_lib.from_fields(config_lib.flatten(config) | more)
     expected = None
     for number in (1, DEVICES):
-        env = envs.make_env(config.env, config.num_envs, 3, mesh=devices.mesh(number) if number > 1 else None)
-        learner = make_learner(config, env, Choices().for_devices())
+        mesh = devices.mesh(number) if number > 1 else None
+        env = envs.make_env(config.env, config.num_envs, 3, mesh=mesh)
+        learner = make_learner(config, env, Choices().for_devices(mesh))
         state = learner.init(jax.random.PRNGKey(0))
         lies = devices.shardings(state, number)
         program = jax.jit(learner.run, out_shardings=lies).lower(jax.device_put(state, lies), UPDATES).compile()
         state = jax.device_get(program(jax.device_put(state, lies), UPDATES))
         if number > 1:
-            assert "all-reduce" in program.as_text()
+            text = program.as_text()
+            assert "all-reduce" in text
+            # Nothing with features is gathered: only numbers of each step and environment, and the pools of games.
+            shapes = [
+                [int(size) for size in shape.split(",")]
+                for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
+            ]
+            assert max(map(math.prod, shapes)) <= (config.num_steps + 1) * config.num_envs
             np.testing.assert_allclose(state.actor.env.obs, expected.actor.env.obs, rtol=1e-5, atol=1e-5)
             for a, b in zip(*(jax.tree.leaves((x.params, x.batch_stats)) for x in (state, expected)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if name == "hike" else 5e-5)

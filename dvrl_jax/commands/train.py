@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dvrl_jax.errors import ConfigError
-from dvrl_jax.runs import command_line, process, run_directory
+from dvrl_jax.runs import command_line, hosts, process, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.runs.waiting import waiting
 
@@ -16,6 +16,10 @@ command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, continued if it holds one. Default: a new one.")
 CACHE = flags.DEFINE_boolean("compilation_cache", True, "Keep compiled programs in the user's cache directory.")
 PRINT_CONFIG = flags.DEFINE_boolean("print_config", False, "Print all fields, not only those not at their defaults.")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Start so many processes here, which train the run together.", 1)
+DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "This is one of several processes that train the run together (SLURM, Open MPI)."
+)
 
 
 def _announce(workdir: Path | None, config: ConfigDict | None) -> None:
@@ -43,6 +47,13 @@ def _fields(workdir: Path | None, config: ConfigDict | None) -> dict[str, Any]:
 def main() -> int:
     config, overrides = command_line.config_and_overrides()
     workdir = Path(WORKDIR.value) if WORKDIR.value else None
+    if PROCESSES.value > 1 and not hosts.is_one_of_several(DISTRIBUTED.value):
+        return hosts.launch(PROCESSES.value)
+    with hosts.joined(DISTRIBUTED.value):
+        return _train(workdir, config, overrides)
+
+
+def _train(workdir: Path | None, config: ConfigDict | None, overrides: dict[str, Any]) -> int:
     _announce(workdir, config)
     with waiting("loading JAX, Flax and EnvPool"):
         from dvrl_jax.runs import training

@@ -8,7 +8,7 @@ from dvrl_jax import discovery
 from dvrl_jax.envs.atari import Atari
 from dvrl_jax.envs.base import ActionSpec, Environment, ObservationSpec, Step, Task
 from dvrl_jax.envs.batched import Batched, BatchedEnvironment, EnvState, check
-from dvrl_jax.envs.divided import Divided
+from dvrl_jax.envs.divided import Divided, own_places
 from dvrl_jax.envs.gymnax import Gymnax, is_gymnax
 from dvrl_jax.envs.mountain_hike import MountainHike
 from dvrl_jax.envs.wrappers import Flicker, check_batch, in_use, wrap, wrap_batch
@@ -89,11 +89,12 @@ def make_env(
         is_divided = mesh is not None and not getattr(kind, "restorable", True)
         parts = mesh.size if is_divided else 1
         seeds = [seed] if isinstance(seed, int) else seed
-        env = kind.from_config(config) if one else kind.for_seeds(config, num_envs // parts, seeds)
+        size = num_envs // parts
         if parts > 1:
-            size = num_envs // parts
-            rest = [kind.for_seeds(config, size, [seed + size * place for seed in seeds]) for place in range(1, parts)]
-            env = Divided([env, *rest], mesh)
+            own = [[seed + size * place for seed in seeds] for place in own_places(mesh)]
+            env = Divided([kind.for_seeds(config, size, seeds) for seeds in own], mesh)
+        else:
+            env = kind.from_config(config) if one else kind.for_seeds(config, num_envs, seeds)
     except ValueError as error:
         raise RunError(f"env: {num_envs} of {config.name} cannot be made ({error})") from None
     batch = as_batch(env, num_envs)

@@ -58,9 +58,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
             best_fn=_result,
-            create=not read_only,
+            create=False,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            multiprocessing_options=_alone(),
         )
         self.directory = Path(directory).absolute()
         self._failed = False
@@ -75,6 +76,8 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise RunError(f"{self.directory}: cannot be used as the directory of checkpoints (it is a file)")
         try:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
             self._vet_results(read_only)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
@@ -295,6 +298,14 @@ class Checkpoints:
         """Waits for what is being written, and reports it if that fails while nothing else has."""
         with self._writing() if not self._failed else contextlib.suppress(Exception):
             self._manager.close()
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes that train together this one writes whole arrays, and waits for none of the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
 
 
 def _result(metrics: dict[str, float]) -> float:

@@ -25,6 +25,9 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 # Kernels of a CUDA graph that need nothing of each other run at the same time; and products are cuBLAS's, because XLA's
 # own would each be compiled in many variants to find the fastest (`docs/gpu.md`).
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_enable_triton_gemm": False}
+# Several processes would share out the search for the fastest kernels, by a program's text. With EnvPool in them their
+# programs have not the same text, since the pools' addresses are part of it.
+OPTIONS_OF_SEVERAL = {"xla_gpu_shard_autotuning": False}
 TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 # Values of JAX's settings under which no program of this package runs, by the beginning of each.
 REFUSED = {"numpy_dtype_promotion": "strict", "numpy_rank_promotion": "raise"}
@@ -45,8 +48,8 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     On a CPU: `CPU_OPTIONS` for a belief of many particles on vectors and one of a single row on images. To particles on
     images they are no gain, and to a single row on vectors, which has one thread, a loss.
 
-    On a GPU: `GPU_OPTIONS`. With `use_cache`, what XLA finds out about the fastest kernels is kept for the next start,
-    also of programs that cannot be kept themselves (see `cached`).
+    On a GPU: `GPU_OPTIONS`, and of several processes `OPTIONS_OF_SEVERAL`. With `use_cache`, what XLA finds out about
+    the fastest kernels is kept for the next start, also of programs that cannot be kept themselves (see `cached`).
 
     An option that this version of XLA does not know, or that the user has set in XLA_FLAGS, is left out.
     """
@@ -54,6 +57,7 @@ def options(config=None, use_cache: bool = True) -> dict[str, str | bool]:
     if jax.default_backend() == "gpu":
         directory = tuning_directory() if use_cache else None
         wanted = GPU_OPTIONS | ({TUNING: str(directory)} if directory else {})
+        wanted |= OPTIONS_OF_SEVERAL if jax.process_count() > 1 else {}
     elif jax.default_backend() == "cpu" and config and has_particles(flatten(config)) != sees_images(config):
         wanted = CPU_OPTIONS
     given = os.environ.get("XLA_FLAGS", "")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dvrl_jax import seeds
+from dvrl_jax import devices, seeds
 from dvrl_jax.errors import RunError
 from dvrl_jax.train_state import TrainState
 
@@ -76,6 +76,7 @@ def train(
         state = jax.block_until_ready(program(state, counts(state, count, running)))
         elapsed = time.monotonic() - began
         limit = max(1, min(2 * limit, int(MAX_CALL_SECONDS * count / max(elapsed, 1e-9))))
+        limit = int(devices.from_first(limit))  # Processes that train together do as many.
         line_seconds += elapsed
         now = seeds.counters(state)
         failed = [x for x in running if int(now[x].skipped_in_row) >= config.max_skipped_updates]

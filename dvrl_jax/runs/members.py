@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from dvrl_jax.errors import ConfigError, RunError
@@ -25,12 +26,20 @@ class Member:
     """One seed's part of a run.
 
     Attributes:
-        directory, config, saver: its run directory, which is locked, configuration and checkpoints.
+        directory, config, saver: its run directory, which is locked, configuration and checkpoints. Of several
+            processes that train together the first alone has a saver.
         wall_time: seconds that it was trained before.
     """
 
-    def __init__(self, directory: run_directory.RunDirectory, config: ConfigDict, saver: checkpoints.Checkpoints):
+    def __init__(
+        self, directory: run_directory.RunDirectory, config: ConfigDict, saver: checkpoints.Checkpoints | None
+    ):
         self.directory, self.config, self.saver, self.wall_time = directory, config, saver, 0.0
+
+    @property
+    def latest(self) -> int:
+        """Update number of the newest checkpoint, 0 without one."""
+        return (self.saver and self.saver.latest) or 0
 
     @property
     def is_stopped(self) -> bool:
@@ -99,6 +108,9 @@ def opened(directory: run_directory.RunDirectory, config: ConfigDict) -> Iterato
     Raises:
         RunError: they cannot.
     """
+    if jax.process_index():
+        yield Member(directory, config, None)
+        return
     folder = directory.path / "checkpoints"
     with contextlib.closing(checkpoints.Checkpoints(folder, config.checkpoint.keep)) as saver:
         saver.try_out()

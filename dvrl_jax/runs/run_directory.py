@@ -178,6 +178,19 @@ class RunDirectory:
         return aside
 
 
+class OfAnother(RunDirectory):
+    """A run's directory that another process writes and has locked: this one only knows where it is."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def close(self) -> None:
+        pass
+
+    def discard(self) -> str:
+        return "before the first update"
+
+
 def has_config(path: Path) -> bool:
     """Whether a directory holds a run's configuration, so that training can resume there without another.
 
