@@ -8,6 +8,7 @@ joined by commas; each may be a pattern, such as `mountain_hike_scale/rnn_*`:
 
     <!-- table: mountain_hike -->              returns and encoding losses of all runs below that folder
     <!-- table: mountain_hike final -->        a row per setting: its mean return at the end
+    <!-- table: beliefs/hike compared -->      a row per setting: by the protocol (docs/results/protocol.md)
     <!-- table: pong course -->                how losses and returns of all runs below that folder went
     <!-- table: mountain_hike probes -->       their probe-<update>.json
     <!-- table: mountain_hike causes -->       their causes-<update>.json
@@ -31,7 +32,7 @@ from dvrl_jax.errors import RunError
 from dvrl_jax.runs import command_line, markdown, run_directory
 from dvrl_jax.runs import config as config_lib
 from dvrl_jax.viewing import plotting
-from evidence import probe, references
+from evidence import aggregates, probe, references
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -289,7 +290,29 @@ def final_table(stored: Stored, known: list[references.Reference]) -> str:
     return markdown.table(head, rows)
 
 
+def compared_table(stored: Stored) -> str:
+    """A row per setting: interquartile means over seeds with 95% intervals, collapses, and the probability that a run
+    is better than one of the RNN (the setting "RNN"; none without it).
+    """
+    shown = lambda found, digits: f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    results = {name: [[aggregates.final(run.lines) for run in group]] for name, group in stored.settings.items()}
+    rows = []
+    for name, group in stored.settings.items():
+        scores, areas = results[name], [[aggregates.over_all(run.lines) for run in group]]
+        better = "-"
+        if "RNN" in results and name != "RNN":
+            improvement = aggregates.probability_of_improvement
+            better = shown(aggregates.interval(improvement, scores, results["RNN"]), 2)
+        means = [shown(aggregates.interval(aggregates.interquartile_mean, x), 1) for x in (scores, areas)]
+        collapses = ", ".join(str(aggregates.collapses(run.lines)) for run in group)
+        lengths = {_millions(run.lines[-1]["env_steps"]) for run in group}
+        rows.append([name, str(len(group)), lengths.pop() if len(lengths) == 1 else "-", *means, better, collapses])
+    head = [stored.agent, "seeds", "steps", "return at the end", "return over all steps", "P(better than RNN)"]
+    return markdown.table([*head, "lines in a collapse"], rows)
+
+
 KINDS = {
+    "compared": compared_table,
     "course": course_table,
     "probes": probes_table,
     "causes": causes_table,
