@@ -96,9 +96,8 @@ def joined(distributed: bool) -> Iterator[None]:
         yield
     except (ConfigError, DiscoveryError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(
-            command_line.USAGE_ERROR
-        )  # At an orderly exit JAX would wait for the others, which this one's end will end.
+        watch.end_others()
+        os._exit(command_line.USAGE_ERROR)  # `sys.exit` would have JAX wait for the others.
     except Exception:
         time.sleep(WATCH_SECONDS)  # Another process may have ended: then the watch says so.
         traceback.print_exc()
