@@ -96,9 +96,8 @@ def joined(distributed: bool) -> Iterator[None]:
         yield
     except (ConfigError, DiscoveryError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(
-            command_line.USAGE_ERROR
-        )  # At an orderly exit JAX would wait for the others, which this one's end will end.
+        watch.end_others()
+        os._exit(command_line.USAGE_ERROR)  # `sys.exit` would have JAX wait for the others.
     except Exception:
         time.sleep(WATCH_SECONDS)  # Another process may have ended: then the watch says so.
         traceback.print_exc()
@@ -154,12 +153,13 @@ class _Watch:
     """
 
     KEY = "dvrl_jax/watch"  # In JAX's store: port, and what to say there first.
+    SAYS_WHY = "it says why"
 
     def __init__(self, together: Any):
         self.is_over, self._selector = False, selectors.DefaultSelector()
         me, number, client = together.process_id, together.num_processes, together.client
         name = lambda place, host: f"process {place} of {number}, on {host},"
-        self._name = name(me, socket.gethostname())
+        self._name, self._is_first = name(me, socket.gethostname()), me == 0
         if me == 0:
             with _listen() as server:
                 token = secrets.token_hex(8)
@@ -193,26 +193,28 @@ class _Watch:
                     said = b""
                 if self.is_over:
                     return
-                self._leave(said.decode() or key.data)  # Another one says which, unless it has ended without a word.
+                self._leave(said.decode() or f"{key.data} has ended, and with it the run")
 
-    def _tell(self, which: str) -> None:
-        for key in self._selector.get_map().values():
-            with contextlib.suppress(OSError):
-                key.fileobj.sendall(which.encode())
-
-    def _leave(self, which: str) -> None:
-        self._tell(which)
-        how = "the same command, on as many processes as you like, resumes from the newest checkpoint"
-        how = "; ".join([clean_up() for clean_up in clean_ups] or [how])
+    def _leave(self, why: str) -> None:
+        ends = [clean_up() for clean_up in clean_ups]
+        if not ends and not why.endswith(self.SAYS_WHY):
+            ends = ["the same command, on as many processes as you like, resumes from the newest checkpoint"]
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {which} has ended, and with it the run; {how}\n".encode())
+            os.write(2, f"error: {'; '.join([why, *ends])}\n".encode())
+        self._end_others(why)
         os._exit(LOST)
 
     def end_others(self) -> None:
-        """Ends the others before this process ends for a reason of its own."""
+        """Ends the others before this process ends for a reason of its own, which it has said."""
         self.is_over = True
-        self._tell(self._name)
-        time.sleep(1)  # For theirs to be the first word: JAX aborts them once process 0 is gone.
+        self._end_others(f"{self._name} has ended, and with it the run; {self.SAYS_WHY}")
+
+    def _end_others(self, why: str) -> None:
+        for key in self._selector.get_map().values():
+            with contextlib.suppress(OSError):
+                key.fileobj.sendall(why.encode())
+        if self._is_first:
+            time.sleep(1)  # In which they leave: JAX aborts them once process 0 is gone.
 
 
 def _listen() -> socket.socket:
