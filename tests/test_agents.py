@@ -245,19 +245,6 @@ def test_detached_belief_gets_no_gradient_from_the_policy():
     assert attached[0] > 0 and detached[0] == 0 and detached[1] > 0
 
 
-def test_training_can_be_vmapped_over_seeds():
-    """The training step under vmap gives each seed what it gets alone."""
-    config = tiny_config("rnn")
-    learner = make_learner(config, recall(config.num_envs))
-    keys = jax.random.split(jax.random.PRNGKey(0), 2)
-    together = jax.jit(lambda keys: jax.vmap(lambda key: learner.run(learner.init(key), jnp.int32(4)))(keys))(keys)
-    for i, key in enumerate(keys):
-        alone = jax.jit(lambda key: learner.run(learner.init(key), jnp.int32(4)))(key)
-        pairs = zip(jax.tree.leaves(alone.params), jax.tree.leaves(together.params), strict=True)
-        for a, b in pairs:
-            np.testing.assert_allclose(a, b[i], rtol=1e-3, atol=1e-5)
-
-
 def test_foreign_weights_that_do_not_fit_are_named():
     env = recording("vector", True)
     agent = acting.make_agent(tiny_config("rnn"), env, jax.random.PRNGKey(0))

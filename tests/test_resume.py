@@ -96,11 +96,11 @@ def test_a_resumed_run_asks_for_other_episodes(tmp_path, monkeypatch):
     """Where the environment cannot be restored, as on Atari, and so everywhere; those under way are not counted on."""
     seeds, make_env = [], envs.make_env
     monkeypatch.setattr(envs, "make_env", lambda *given, **more: seeds.extend(given[2]) or make_env(*given, **more))
-    for updates in (10, 20, 30):
+    for updates in (10, 20):
         train(tmp_path, tiny_hike("rnn", seed=3), total_env_steps=updates * STEPS_PER_UPDATE)
-    assert seeds[0] == 3 and len(set(seeds)) == 3
+    assert seeds[0] == 3 and len(set(seeds)) == 2
     walls = [line["wall_time"] for line in run_directory.read_metrics(tmp_path)]
-    assert walls == sorted(set(walls)) and len(walls) == 3
+    assert walls == sorted(set(walls)) and len(walls) == 2
 
     learner = make_learner(tiny_hike("rnn"), make_env(tiny_hike("rnn").env, 10, 0))
     state = learner.init(jax.random.PRNGKey(0))

@@ -48,9 +48,8 @@ def test_returns_end_with_the_value_that_stands_there():
     np.testing.assert_allclose(returns[:, 0], [1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 3 + 0.5 * 10])
 
 
-@pytest.mark.parametrize("algorithm", ["rnn", "dvrl"])
-@pytest.mark.parametrize("bootstrap", [False, True])
-def test_a_time_limit_is_bootstrapped_from_where_that_is_set(algorithm, bootstrap):
+@pytest.mark.parametrize(("bootstrap", "algorithm"), [(False, "rnn"), (True, "rnn"), (True, "dvrl")])
+def test_a_time_limit_is_bootstrapped_from_where_that_is_set(bootstrap, algorithm):
     config = tiny_config(algorithm, num_steps=6, num_envs=5, loss__bootstrap_truncated=bootstrap, loss__gamma=0.9)
     env = Batched(Counter(), config.num_envs)
     learner = make_learner(config, env)

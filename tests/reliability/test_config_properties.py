@@ -109,6 +109,7 @@ VALID = {
     "model.resampling": st.sampled_from(["systematic", *particles.SCHEMES]),
     "model.resample_below": st.sampled_from([1.0, 0.5]),
     "model.update_gate_bias": st.sampled_from([0.0, 3.0]),
+    "model.min_emission_std": st.sampled_from([0.0, 0.1]),
     "model.soft_alpha": st.sampled_from([0.0, 0.5, 1.0]),
     "model.summary": st.sampled_from(sorted(particles.SUMMARIES)),
     "model.obs_loss_coef": COEFS,
