@@ -26,6 +26,8 @@ class Choices:
         lineages: backpropagate through earlier segments along particles with descendants alone (`fast/lineages.py`).
         distinct: encode blank images once per step when learning (`fast/distinct.py`).
         tiles: compute convolutions in tiles where that pays (`fast/tiles.py`).
+        materialise: compute an environment's step once (`products.materialised`). XLA's CPU back end would compute it
+            again in everything that reads it: over steps that are written out, exponentially often.
         transposed_kernels: keep a transposed copy of large kernels for gradients.
         conditionals: skip what a condition excludes (`lax.cond`), instead of computing both sides.
         unroll: write out up to so many steps of the loop over particles.
@@ -38,6 +40,7 @@ class Choices:
     lineages: bool = True
     distinct: bool = True
     tiles: bool = True
+    materialise: bool = True
     transposed_kernels: bool = True
     conditionals: bool = True
     unroll: int = 1
@@ -56,6 +59,7 @@ class Choices:
         return cls(
             lineages=not gpu,
             tiles=False,
+            materialise=False,
             transposed_kernels=False,
             conditionals=not gpu,
             unroll=16 if gpu else 1,

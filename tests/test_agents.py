@@ -15,7 +15,7 @@ from dvrl_jax.envs import ActionSpec
 from dvrl_jax.learner import make_learner
 from dvrl_jax.viewing import playing
 from tests.golden import Recording
-from tests.tiny import recall, tiny_config
+from tests.tiny import tiny_config
 
 NUM_ENVS, STEPS = 3, 8
 SHAPES = {"vector": (2,), "16": (16, 16, 1), "32": (32, 32, 1), "84": (84, 84, 1)}

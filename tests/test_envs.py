@@ -1,5 +1,6 @@
 """One environment and batches of it: keys, ends of episodes, resets, and what wrappers make of them."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import dvrl_jax
+from dvrl_jax import choices
 from dvrl_jax.envs import (
     ActionSpec,
     Batched,
@@ -135,6 +137,41 @@ def test_reset_is_traceable(env):
             stepped,
             batch.step(plain[i], actions),
         )
+
+
+class Stencil(Environment):
+    """Each of its numbers follows from several of the step before, as pixels do."""
+
+    observation, action = ObservationSpec((8,), jnp.float32), ActionSpec(True, 2)
+
+    def reset(self, key):
+        numbers = jax.random.normal(key, (8,))
+        return numbers, numbers
+
+    def step(self, key, state, action):
+        turned = jnp.where(state > 0.5, jnp.sin(state), jnp.cos(state))
+        state = jnp.where(jnp.roll(turned, 1) > 0.2, turned + jnp.roll(turned, 2), turned - turned[::-1])
+        return Step(state, state, 0.0, False, False)
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_a_step_is_computed_once(materialise):
+    """On a CPU: over steps that are written out, what XLA fuses would be computed again and again."""
+    env = Batched(Stencil(), 3)
+
+    def operations(steps):
+        def run(state):
+            found = []
+            for _ in range(steps):
+                state = env.step(state, jnp.zeros(3, jnp.int32))
+                found.append(jnp.sum(state.obs, axis=1))
+            return state, found
+
+        with dataclasses.replace(choices.Choices(), materialise=materialise).in_use():
+            program = jax.jit(run).lower(env.reset(jax.random.PRNGKey(0))).compile()
+        return program.cost_analysis()["transcendentals"]
+
+    assert (operations(6) < 7 * operations(1)) is materialise
 
 
 def test_keys_may_be_typed():

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dvrl_jax import choices
 from dvrl_jax.envs.base import Environment, ObservationSpec, Step, Task
 from dvrl_jax.errors import RunError
+from dvrl_jax.products import materialised
 
 Array = jax.Array
 
@@ -172,7 +174,8 @@ class Batched(BatchedEnvironment):
             state, next_obs = jax.tree.map(lambda new, old: jnp.where(done, new, old), (first, first_obs), (state, obs))
             return EnvState.go_on(Inner(state, key), next_obs, reward, done, truncated & ~terminated, obs)
 
-        return jax.vmap(step)(state.inner, action)
+        stepped, how = jax.vmap(step)(state.inner, action), choices.current()
+        return jax.tree.map(lambda x: how.over_envs(materialised, 0, x), stepped) if how.materialise else stepped
 
     def view(self, state: EnvState) -> Any:
         return jax.vmap(self.env.view)(state.inner.state, state.obs)
