@@ -66,6 +66,8 @@ def start():
 
 
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # One process takes them in the order in which they were asked for.
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # A stable sort: order within files stays.
 
