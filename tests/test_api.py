@@ -106,7 +106,7 @@ def test_what_was_watched_fits_together(tmp_path):
 
 
 def test_a_run_is_read_with_its_particles(tmp_path):
-    train(tmp_path / "run", tiny_hike("dvrl"), total_env_steps=40)
+    train(tmp_path / "run", tiny_hike("dvrl", model__batch_norm=True), total_env_steps=40)
     run = dvrl_jax.load_run(tmp_path / "run", checkpoint=2)
     assert run.update == 2 and run.config.model.num_particles == 3 and run.agent.use_running_average
     program = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.M | re.S)[-1]
