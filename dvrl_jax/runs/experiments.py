@@ -104,8 +104,9 @@ def _tasks() -> dict[str, Experiment]:
     """Where beliefs are compared, by task: an experiment to be given an agent."""
     hike = lambda noise: Experiment("", "mountain_hike_scaled_rnn", {"env.observation_std": noise})
     found = {f"hike-{noise}": hike(noise) for noise in NOISE}
-    found["aliased-hike"] = Experiment("", "aliased_hike:rnn")
-    found["distractor-hike"] = Experiment("", "distractor_hike:rnn")
+    for name in ("aliased-hike", "distractor-hike"):
+        config, fields = TASKS[f"task/{name}"]
+        found[name] = Experiment("", f"{config}rnn", fields)
     return {name: task._replace(fields={**task.fields, "total_env_steps": 3_000_000}) for name, task in found.items()}
 
 
